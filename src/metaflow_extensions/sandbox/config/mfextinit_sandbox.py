@@ -1,0 +1,31 @@
+"""Configuration of metaflow-sandbox: `METAFLOW_SANDBOX_*` or Metaflow's JSON configuration.
+
+Every name here can be imported from `metaflow.metaflow_config`. An environment
+variable wins over the JSON file, which wins over the default.
+"""
+
+from metaflow.metaflow_config_funcs import from_conf
+
+# The decorators that this extension registers. One list: the plugins, the spin
+# guard below and the tests read it.
+SANDBOX_DECORATORS = ["sandbox", "bubblewrap", "boxlite", "docker", "daytona", "e2b"]
+
+# The backend of plain `@sandbox`. None: the first of the local backends that works here.
+SANDBOX_BACKEND = from_conf("SANDBOX_BACKEND")
+# Megabytes of memory for a sandbox whose step doesn't say; 0: no limit.
+SANDBOX_MEMORY = from_conf("SANDBOX_MEMORY", 4096)
+# Megabytes that a sandbox can write where the step doesn't say.
+SANDBOX_DISK = from_conf("SANDBOX_DISK", 2048)
+# Megabytes that one artifact may have when it is unpacked on the host.
+SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 4096)
+# Megabytes of output that one attempt may print; the rest is dropped, and said.
+SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", 16)
+# What a host may load of what a sandbox wrote: "data" or "all". See docs/security.md.
+SANDBOX_TRUST = from_conf("SANDBOX_TRUST", "data")
+
+# `spin` skips every hook of a decorator that it doesn't know and would run the
+# step on the host, unsandboxed, so it must refuse our names. A user's own list
+# would replace ours: join them.
+SPIN_DISALLOWED_DECORATORS = sorted(
+    set(from_conf("SPIN_DISALLOWED_DECORATORS", ["parallel"])) | set(SANDBOX_DECORATORS)
+)

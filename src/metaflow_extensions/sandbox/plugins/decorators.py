@@ -1,0 +1,282 @@
+"""`@sandbox` and its aliases: what a user writes on a step.
+
+The decorator checks what it was given, and puts the launcher in the place of the
+task. It holds no logic of any backend and imports the host's package only in the
+process that launches: this module is loaded inside every sandbox too.
+"""
+
+import sys
+
+from metaflow.decorators import StepDecorator
+from metaflow.exception import MetaflowException
+from metaflow.metaflow_config import FEAT_ALWAYS_UPLOAD_CODE_PACKAGE
+
+from .tainted import WORKLOAD, inside_sandbox
+
+# Commands after which tasks run under Metaflow's local scheduler, which alone
+# puts our launcher in a task's place. Others look at the flow and run nothing.
+_RUNS = {"run", "resume"}
+_LOOKS = {"show", "check", "package", "dump", "logs", "output-dot", "output-raw", "tag", "card"}
+
+
+class SandboxException(MetaflowException):
+    headline = "Sandbox"
+
+
+class SandboxDecorator(StepDecorator):
+    """
+    Runs a step in a disposable sandbox, with nothing of yours inside it.
+
+    Parameters
+    ----------
+    backend : str, optional
+        Who provides the sandbox: `bubblewrap`, `boxlite`, `docker`, `daytona`, `e2b` or one
+        that another package provides. Default: METAFLOW_SANDBOX_BACKEND, else the first local
+        backend that works here.
+    cpu : float, optional
+        Number of CPUs.
+    memory : int, optional
+        Memory in MB.
+    disk : int, optional
+        Space that the step can write, in MB.
+    gpu : int, optional
+        Number of GPUs.
+    image : str, optional
+        What the sandbox is made from.
+    env : list of str or dict of str to str, optional
+        Names of environment variables to pass on, or plain values. Nothing else is passed.
+    network : bool or list of str, optional
+        False for none, True for the public internet, or the hosts that may be reached.
+    timeout : int, optional
+        Seconds until the step is ended.
+    trust : str, optional
+        What the host may load of what the step leaves: "data" (default) or "all".
+    transfer : str, optional
+        "relay" (default): inputs and results pass through this machine.
+    setup : list of str, optional
+        Shell commands that prepare the image.
+    cache : bool, optional
+        Whether prepared environments are kept.
+    keep : str, optional
+        "on-failure" keeps the sandbox of a failed step for inspection.
+    executable : str, optional
+        The Python interpreter inside the sandbox.
+    """
+
+    name = "sandbox"
+    backend = None  # an alias names its backend here
+    defaults = {
+        "backend": None,
+        "cpu": None,
+        "memory": None,
+        "disk": None,
+        "gpu": None,
+        "image": None,
+        "env": None,
+        "network": None,
+        "timeout": None,
+        "trust": None,
+        "transfer": None,
+        "setup": None,
+        "cache": None,
+        "keep": None,
+        "executable": None,
+    }
+    # For @conda, which asks compute decorators; environments are not supported yet.
+    supports_conda_environment = False
+
+    # What all sandboxed steps of a run share in the scheduler's process: a
+    # `metaflow_sandbox.launch.session.Session`. Metaflow gives its hooks no other place.
+    _session = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Metaflow calls `init` only where a class itself defines it.
+        if "init" not in cls.__dict__:
+            cls.init = SandboxDecorator.init
+
+    def init(self):
+        # Attributes end up in `_graph_info`, which every later task and every
+        # viewer reads: keep the values out of it.
+        self.env = self.attributes["env"]
+        if isinstance(self.env, dict):
+            self.attributes["env"] = sorted(self.env)
+        if self.backend and self.attributes["backend"] not in (None, self.backend):
+            raise SandboxException(
+                "@%s is the %s backend; backend=%r contradicts it. Use @sandbox(backend=…)."
+                % (self.name, self.backend, self.attributes["backend"])
+            )
+
+    def step_init(self, flow, graph, step, decos, environment, flow_datastore, logger):
+        self.step = step
+        self.flow_datastore = flow_datastore
+        self.logger = logger
+        # In the task phase this runs inside a sandbox, or on the host for the
+        # sake of some other step: nothing to check there.
+        if not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
+            return
+        self._refuse_deployers()
+        self._refuse_companions(graph[step], decos, environment)
+        if self.env is not None and not self.statically_defined:
+            raise SandboxException(
+                "@%s on step *%s*: `env` can't be given by --with, since command lines are "
+                "visible to every user of the machine. Write it in the flow." % (self.name, step)
+            )
+        from metaflow_sandbox.errors import SandboxError
+        from metaflow_sandbox.launch.request import Request
+
+        try:
+            self.request = Request.from_decorator(self, decos)
+            if self.request.backend and self.system_ctx.is_launch:
+                self.request.check()
+        except SandboxError as e:
+            raise SandboxException("@%s on step *%s*: %s" % (self.name, step, e)) from None
+
+    def _refuse_deployers(self):
+        from metaflow._vendor import click
+
+        context = click.get_current_context(silent=True)
+        while context is not None and not hasattr(context, "saved_args"):
+            context = context.parent
+        command = (getattr(context, "saved_args", None) or ["run"])[0]
+        if self.system_ctx.is_launch and command not in _RUNS | _LOOKS | {"init"}:
+            from metaflow.plugins import DEPLOYER_IMPL_PROVIDERS
+
+            deployers = {d.TYPE for d in DEPLOYER_IMPL_PROVIDERS}
+            if command in deployers | {"argo-workflows", "step-functions", "airflow"}:
+                raise SandboxException(
+                    "`%s` would run step *%s* outside of any sandbox, since it starts tasks "
+                    "without Metaflow's scheduler. Run the flow with `run`, or take @%s off."
+                    % (command, self.step, self.name)
+                )
+
+    def _refuse_companions(self, node, decos, environment):
+        from metaflow.plugins import get_trampoline_cli_names
+
+        compute = {"batch", "kubernetes"} | set(get_trampoline_cli_names())
+        for deco in decos:
+            if deco is self:
+                continue
+            if isinstance(deco, SandboxDecorator) or deco.name in compute:
+                raise SandboxException(
+                    "Step *%s* has both @%s and @%s, and can run in only one place. "
+                    "Take one of them off (a --with adds a decorator to every step)."
+                    % (self.step, *sorted((self.name, deco.name)))
+                )
+            if deco.name == "secrets":
+                raise SandboxException(
+                    "Step *%s* has @secrets, which would need your cloud credentials inside the "
+                    'sandbox. Pass the values by name instead: @%s(env=["NAME"]).'
+                    % (self.step, self.name)
+                )
+        if node.parallel_step or node.parallel_foreach:
+            raise SandboxException(
+                "Step *%s* takes part in a `num_parallel` split, whose tasks talk to each other: "
+                "sandboxes can't. Use foreach, or take @%s off." % (self.step, self.name)
+            )
+        if environment.TYPE != "local":
+            raise SandboxException(
+                "--environment=%s is not supported for sandboxed steps yet: step *%s* would not "
+                "get its packages. Install them where you start the flow, and run without "
+                "--environment." % (environment.TYPE, self.step)
+            )
+
+    def runtime_init(self, flow, graph, package, run_id):
+        from metaflow_sandbox.errors import SandboxError
+        from metaflow_sandbox.launch.session import Session
+
+        self.package = package
+        for deco in graph[self.step].decorators:
+            if deco.name == "environment":
+                # It would set the step's variables for our launcher on the host
+                # (LD_PRELOAD, PYTHONPATH); the launcher passes them to the step.
+                deco.runtime_step_cli = lambda *args, **kwargs: None
+        if SandboxDecorator._session is None:
+            SandboxDecorator._session = Session(flow.name, run_id)
+        try:
+            SandboxDecorator._session.admit(self.step, self.request, self.logger)
+        except SandboxError as e:
+            SandboxDecorator._end_session()
+            raise SandboxException("@%s on step *%s*: %s" % (self.name, self.step, e)) from None
+
+    def runtime_task_created(
+        self, task_datastore, task_id, split_index, input_paths, is_cloned, ubf_context
+    ):
+        session = SandboxDecorator._session
+        if is_cloned or session.package is not None:
+            return
+        if FEAT_ALWAYS_UPLOAD_CODE_PACKAGE:
+            url, sha = self.package.package_url(), self.package.package_sha()
+        else:
+            url, sha = self.flow_datastore.save_data([self.package.blob], len_hint=1)[0]
+        session.package = (self.package.package_metadata, sha, url)
+
+    def runtime_step_cli(self, cli_args, retry_count, max_user_code_retries, ubf_context):
+        if retry_count > max_user_code_retries:
+            return  # the fallback of @catch runs none of the user's code
+        session = SandboxDecorator._session
+        cli_args.commands = ["sandbox", "step"]
+        cli_args.command_args.extend(session.package)
+        cli_args.command_options["backend"] = session.backends[self.step]
+        cli_args.command_options["workspace"] = str(session.workspace.path)
+        cli_args.entrypoint[0] = sys.executable
+
+    def runtime_finished(self, exception):
+        SandboxDecorator._end_session()
+
+    @staticmethod
+    def _end_session():
+        session, SandboxDecorator._session = SandboxDecorator._session, None
+        if session is not None:
+            session.close()
+
+    def task_pre_step(
+        self,
+        step_name,
+        task_datastore,
+        metadata,
+        run_id,
+        task_id,
+        flow,
+        graph,
+        retry_count,
+        max_user_code_retries,
+        ubf_context,
+        inputs,
+    ):
+        if not inside_sandbox() and retry_count <= max_user_code_retries:
+            raise SandboxException(
+                "Step *%s* has @%s and was about to run outside of any sandbox (%s is not set). "
+                "Start the flow with `run` under Metaflow's own scheduler."
+                % (step_name, self.name, WORKLOAD)
+            )
+
+
+class BubblewrapDecorator(SandboxDecorator):
+    """Runs a step in a Linux sandbox on this machine. Parameters: see `@sandbox`."""
+
+    name = backend = "bubblewrap"
+
+
+class BoxliteDecorator(SandboxDecorator):
+    """Runs a step in a microVM on this machine. Parameters: see `@sandbox`."""
+
+    name = backend = "boxlite"
+
+
+class DockerDecorator(SandboxDecorator):
+    """Runs a step in a container on this machine. Parameters: see `@sandbox`."""
+
+    name = backend = "docker"
+
+
+class DaytonaDecorator(SandboxDecorator):
+    """Runs a step in one of Daytona's cloud sandboxes. Parameters: see `@sandbox`."""
+
+    name = backend = "daytona"
+
+
+class E2BDecorator(SandboxDecorator):
+    """Runs a step in one of E2B's cloud sandboxes. Parameters: see `@sandbox`."""
+
+    name = backend = "e2b"

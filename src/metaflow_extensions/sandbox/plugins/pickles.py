@@ -1,0 +1,363 @@
+"""Reads pickles without running them: the part of the trust boundary that meets hostile bytes.
+
+A pickle is a program. This interpreter knows the opcodes that build plain data
+and builds that data itself; everything else is refused by name. It imports
+nothing, calls nothing that the pickle names, and acts only on objects that the
+same pickle made. So loading is as safe as parsing JSON, whatever the bytes are.
+
+It lives in the package that travels, not with the host's other checks, because
+an artifact may be read wherever Metaflow runs: a later step on Kubernetes has
+this package and not the host's.
+
+Names that a pickle may use are the keys of `CONSTRUCTORS`; each has a function
+that checks its arguments and makes the value. Protocols 2 to 5 are read.
+"""
+
+import struct
+
+from metaflow.exception import MetaflowExceptionWrapper
+
+
+class Refused(Exception):
+    """The pickle is not plain data. `name` is what it asks for, if it names something."""
+
+    def __init__(self, reason, name=None):
+        super().__init__(reason)
+        self.name = name
+
+
+class _Name:
+    """A global that a pickle names: a mark on the stack, never the thing itself."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text):
+        self.text = text
+
+
+_MARK = object()
+#: Bytes of containers that one pickle may make. An empty set takes 216 bytes and
+#: one byte of pickle, so a small file could otherwise fill the host's memory.
+MEMORY = 4 << 30
+_SIZES = {list: 56, dict: 64, set: 216}
+_EXCEPTION_FIELDS = {"exception", "type", "stacktrace"}
+
+
+def _only(args, *types):
+    if len(args) != len(types) or any(type(a) is not t for a, t in zip(args, types)):
+        raise Refused("a constructor has arguments that it is never pickled with")
+    return args
+
+
+def _bytearray(args):
+    return bytearray(_only(args, bytes)[0]) if args else bytearray()
+
+
+def _complex(args):
+    return complex(*_only(args, float, float))
+
+
+def _range(args):
+    return range(*_only(args, int, int, int))
+
+
+def _slice(args):
+    if len(args) != 3 or any(type(a) not in (int, type(None)) for a in args):
+        raise Refused("a slice of something other than integers")
+    return slice(*args)
+
+
+def _caught_exception(args):
+    # What @catch leaves, and what every failed task has: three strings.
+    _only(args, type(None))
+    wrapper = MetaflowExceptionWrapper()
+    wrapper.__dict__.update(exception="", type="", stacktrace=None)
+    return wrapper
+
+
+#: What a pickle may call, by the name it uses.
+CONSTRUCTORS = {
+    "builtins.bytearray": _bytearray,
+    "builtins.complex": _complex,
+    "builtins.range": _range,
+    "builtins.slice": _slice,
+    "metaflow.exception.MetaflowExceptionWrapper": _caught_exception,
+}
+
+
+class _Reader:
+    """Bounds-checked reading of a pickle's bytes."""
+
+    def __init__(self, data):
+        self.data = data
+        self.at = 0
+
+    def take(self, count):
+        end = self.at + count
+        if count < 0 or end > len(self.data):
+            raise Refused("the pickle is cut short")
+        taken = self.data[self.at : end]
+        self.at = end
+        return taken
+
+    def number(self, form):
+        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+
+    def line(self):
+        end = self.data.find(b"\n", self.at, self.at + 1000)
+        if end < 0:
+            raise Refused("the pickle is cut short")
+        taken = self.data[self.at : end]
+        self.at = end + 1
+        return taken.decode("utf-8", "replace")
+
+
+class _Machine:
+    """The stack machine. One method an opcode, found in `_OPCODES`."""
+
+    def __init__(self, data):
+        self.reader = _Reader(data)
+        self.stack = []
+        self.memo = []
+        self.memory = MEMORY
+        # A pickle holds the content of each of its byte arrays: more means that
+        # it copies one of them over and over.
+        self.copied = len(data)
+
+    def run(self):
+        reader, opcodes = self.reader, _OPCODES
+        while True:
+            code = reader.take(1)[0]
+            if code == 0x2E:  # STOP
+                break
+            handler = opcodes.get(code)
+            if handler is None:
+                raise Refused("the pickle uses opcode 0x%02x, which plain data never needs" % code)
+            handler(self)
+        if len(self.stack) != 1 or reader.at != len(reader.data):
+            raise Refused("the pickle goes on after its end")
+        return self._value(self.stack[0])
+
+    # -- helpers
+
+    def _value(self, item):
+        """An item that may become part of data: no mark, no bare name."""
+        if type(item) is _Name:
+            raise Refused("the pickle refers to `%s`" % item.text, item.text)
+        if item is _MARK:
+            raise Refused("the pickle's stack is out of order")
+        return item
+
+    def _pop(self):
+        if not self.stack:
+            raise Refused("the pickle's stack is out of order")
+        return self.stack.pop()
+
+    def _pop_values(self, count):
+        return [self._value(self._pop()) for _ in range(count)][::-1]
+
+    def _pop_to_mark(self):
+        stack = self.stack
+        for i in range(len(stack) - 1, -1, -1):
+            if stack[i] is _MARK:
+                items = [self._value(x) for x in stack[i + 1 :]]
+                del stack[i:]
+                return items
+        raise Refused("the pickle's stack is out of order")
+
+    def _top(self, kind):
+        if not self.stack or type(self.stack[-1]) is not kind:
+            raise Refused("the pickle changes something that it did not make")
+        return self.stack[-1]
+
+    # -- atoms
+
+    def proto(self):
+        if not 2 <= self.reader.number("<B") <= 5:
+            raise Refused("the pickle's protocol is not one of 2 to 5")
+
+    def frame(self):
+        self.reader.take(8)  # a hint for file readers; the bytes are here anyway
+
+    def push(self, value):
+        self.stack.append(value)
+
+    def long(self, form):
+        count = self.reader.number(form)
+        self.push(int.from_bytes(self.reader.take(count), "little", signed=True))
+
+    def text(self, form):
+        raw = self.reader.take(self.reader.number(form))
+        try:
+            self.push(raw.decode("utf-8", "surrogatepass"))
+        except UnicodeDecodeError:
+            raise Refused("the pickle has a string that is not UTF-8") from None
+
+    def raw(self, form, kind=bytes):
+        self.push(kind(self.reader.take(self.reader.number(form))))
+
+    # -- containers
+
+    def make(self, kind):
+        self.memory -= _SIZES[kind]
+        if self.memory < 0:
+            raise Refused("the pickle expands to more than %d GB" % (MEMORY >> 30))
+        self.push(kind())
+
+    def append(self):
+        (value,) = self._pop_values(1)
+        self._top(list).append(value)
+
+    def appends(self):
+        values = self._pop_to_mark()
+        self._top(list).extend(values)
+
+    def _set_items(self, pairs):
+        target = self._top(dict)
+        if len(pairs) % 2:
+            raise Refused("the pickle has a dictionary with half an item")
+        try:
+            for i in range(0, len(pairs), 2):
+                target[pairs[i]] = pairs[i + 1]
+        except TypeError:
+            raise Refused("the pickle has a dictionary key that can't be one") from None
+
+    def setitem(self):
+        self._set_items(self._pop_values(2))
+
+    def setitems(self):
+        self._set_items(self._pop_to_mark())
+
+    def additems(self):
+        values = self._pop_to_mark()
+        try:
+            self._top(set).update(values)
+        except TypeError:
+            raise Refused("the pickle has a set member that can't be one") from None
+
+    def frozenset(self):
+        values = self._pop_to_mark()
+        try:
+            self.push(frozenset(values))
+        except TypeError:
+            raise Refused("the pickle has a set member that can't be one") from None
+
+    # -- memo: a list, since pickle numbers its entries from 0 without gaps
+
+    def memoize(self):
+        if not self.stack or self.stack[-1] is _MARK:
+            raise Refused("the pickle's stack is out of order")
+        self.memo.append(self.stack[-1])
+
+    def put(self, form):
+        if self.reader.number(form) != len(self.memo):
+            raise Refused("the pickle numbers its memo out of order")
+        self.memoize()
+
+    def get(self, form):
+        index = self.reader.number(form)
+        if index >= len(self.memo):
+            raise Refused("the pickle refers to something that it did not make")
+        self.push(self.memo[index])
+
+    # -- names
+
+    def _name(self, module, name):
+        text = "%s.%s" % (module, name)
+        if text not in CONSTRUCTORS:
+            raise Refused("the pickle refers to `%s`" % text[:200], text[:200])
+        self.push(_Name(text))
+
+    def stack_global(self):
+        name, module = self._pop(), self._pop()
+        if type(name) is not str or type(module) is not str:
+            raise Refused("the pickle names something by what is no name")
+        self._name(module, name)
+
+    def global_(self):
+        module = self.reader.line()
+        self._name(module, self.reader.line())
+
+    def reduce(self):
+        (args,) = self._pop_values(1)
+        callee = self._pop()
+        if type(callee) is not _Name or type(args) is not tuple:
+            raise Refused("the pickle calls something that is no constructor")
+        for arg in args:
+            if type(arg) is bytes:
+                self.copied -= len(arg)
+        if self.copied < 0:
+            raise Refused("the pickle expands to more than it holds")
+        try:
+            self.push(CONSTRUCTORS[callee.text](args))
+        except (TypeError, ValueError):
+            raise Refused("a constructor has arguments that it is never pickled with") from None
+
+    def build(self):
+        (state,) = self._pop_values(1)
+        target = self._top(MetaflowExceptionWrapper)
+        if type(state) is not dict or not _EXCEPTION_FIELDS.issuperset(state):
+            raise Refused("an exception has a state that it is never pickled with")
+        if any(type(v) not in (str, type(None)) for v in state.values()):
+            raise Refused("an exception has a state that it is never pickled with")
+        target.__dict__.update(state)
+
+
+_OPCODES = {
+    0x80: _Machine.proto,
+    0x95: _Machine.frame,
+    ord("("): lambda m: m.push(_MARK),
+    ord("N"): lambda m: m.push(None),
+    0x88: lambda m: m.push(True),
+    0x89: lambda m: m.push(False),
+    ord("J"): lambda m: m.push(m.reader.number("<i")),
+    ord("K"): lambda m: m.push(m.reader.number("<B")),
+    ord("M"): lambda m: m.push(m.reader.number("<H")),
+    0x8A: lambda m: m.long("<B"),
+    0x8B: lambda m: m.long("<i"),
+    ord("G"): lambda m: m.push(m.reader.number(">d")),
+    0x8C: lambda m: m.text("<B"),
+    ord("X"): lambda m: m.text("<I"),
+    0x8D: lambda m: m.text("<Q"),
+    ord("C"): lambda m: m.raw("<B"),
+    ord("B"): lambda m: m.raw("<I"),
+    0x8E: lambda m: m.raw("<Q"),
+    0x96: lambda m: m.raw("<Q", bytearray),
+    ord("]"): lambda m: m.make(list),
+    ord("}"): lambda m: m.make(dict),
+    ord(")"): lambda m: m.push(()),
+    0x8F: lambda m: m.make(set),
+    0x85: lambda m: m.push(tuple(m._pop_values(1))),
+    0x86: lambda m: m.push(tuple(m._pop_values(2))),
+    0x87: lambda m: m.push(tuple(m._pop_values(3))),
+    ord("t"): lambda m: m.push(tuple(m._pop_to_mark())),
+    0x91: _Machine.frozenset,
+    ord("a"): _Machine.append,
+    ord("e"): _Machine.appends,
+    ord("s"): _Machine.setitem,
+    ord("u"): _Machine.setitems,
+    0x90: _Machine.additems,
+    0x94: _Machine.memoize,
+    ord("q"): lambda m: m.put("<B"),
+    ord("r"): lambda m: m.put("<I"),
+    ord("h"): lambda m: m.get("<B"),
+    ord("j"): lambda m: m.get("<I"),
+    0x93: _Machine.stack_global,
+    ord("c"): _Machine.global_,
+    ord("R"): _Machine.reduce,
+    ord("b"): _Machine.build,
+    ord("0"): _Machine._pop,
+    ord("1"): _Machine._pop_to_mark,
+}
+
+
+def load_data(data):
+    """The plain data that a pickle describes.
+
+    Builtin containers, numbers, strings and bytes, and the exceptions that
+    Metaflow records, each as deep and as shared as pickle would make them.
+
+    Raises:
+        Refused: the bytes are anything else. Nothing of them was run.
+    """
+    return _Machine(data).run()

@@ -1,0 +1,54 @@
+"""Makes text from a sandbox harmless to print and to store, so that it can be turned back.
+
+Logs are replayed raw, so what is stored must be as harmless as what is shown.
+Control characters become their Unicode pictures (ESC becomes U+241B); a picture
+that was in the text gets U+2420 before it; a byte that is not part of a printable
+character becomes U+2426 and its two hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LITERAL = "\u2420"
+_BYTE = "\u2426"
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if code != 9} | {127: "\u2421"}
+_SPECIAL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2400-\u2426\udc80-\udcff]")
+_ESCAPED = re.compile(r"\u2420([\u2400-\u2426])|\u2426([0-9a-f]{2})|([\u2400-\u241f\u2421])")
+
+
+def _escape(match: re.Match[str]) -> str:
+    char = match.group()
+    code = ord(char)
+    if code in _PICTURES:
+        return _PICTURES[code]
+    if 0x2400 <= code <= 0x2426:
+        return _LITERAL + char
+    raw = char.encode("utf-8", "surrogateescape")
+    return "".join(f"{_BYTE}{byte:02x}" for byte in raw)
+
+
+def escape(data: bytes) -> bytes:
+    """The same text without anything that a terminal would act on; tabs stay."""
+    return _SPECIAL.sub(_escape, data.decode("utf-8", "surrogateescape")).encode()
+
+
+def unescape(text: bytes) -> bytes:
+    """What `escape` was given."""
+
+    def restore(match: re.Match[str]) -> str:
+        literal, byte, picture = match.groups()
+        if literal:
+            return str(literal)
+        if byte:
+            # One byte a match: they join to characters when all is encoded again.
+            return chr(0xDC00 + int(byte, 16)) if int(byte, 16) >= 0x80 else chr(int(byte, 16))
+        return chr(0x7F if picture == "\u2421" else ord(picture) - 0x2400)
+
+    return _ESCAPED.sub(restore, text.decode()).encode("utf-8", "surrogateescape")
+
+
+def harmless(text: object, limit: int = 300) -> str:
+    """A short form of anything a sandbox said, for a message."""
+    shown = escape(str(text).encode("utf-8", "surrogateescape")).decode()
+    return shown if len(shown) <= limit else shown[:limit] + "…"

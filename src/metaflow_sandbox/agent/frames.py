@@ -1,0 +1,77 @@
+"""Reads the agent's frames on the host. The format is described in `agent.py`.
+
+Everything here comes from inside the sandbox, so sizes are bounded and nothing
+is believed: a wrong line is an error, never skipped in the hope of a better one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import ProtocolError
+
+#: Bytes of the longest line: an exit frame with inlined results, in base64 twice.
+MAX_LINE = 4 << 20
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame. `kind` is "o" or "e" (bytes of the step's output) or "x" (the end: JSON)."""
+
+    seq: int
+    kind: str
+    payload: bytes
+
+
+class FrameDecoder:
+    """Turns bytes, split anywhere, into frames in order, each exactly once.
+
+    Frames that were already seen are passed over, so a stream may be resumed
+    from any earlier point. `seq` is the last frame that was handed out.
+    """
+
+    def __init__(self) -> None:
+        self.seq = 0
+        self._buffer = bytearray()
+
+    def reconnect(self) -> None:
+        """Forgets a line that a dropped connection cut short; it will come again."""
+        self._buffer.clear()
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Yields the frames that `data` completes.
+
+        Raises:
+            ProtocolError: a line that is no frame, a gap, or a line beyond `MAX_LINE`.
+        """
+        self._buffer += data
+        start = 0
+        while (end := self._buffer.find(b"\n", start)) >= 0:
+            line = bytes(self._buffer[start:end])
+            start = end + 1
+            if (frame := self._parse(line)) is not None:
+                yield frame
+        del self._buffer[:start]
+        if len(self._buffer) > MAX_LINE:
+            raise ProtocolError("a frame is longer than any that the agent sends", op="stream")
+
+    def _parse(self, line: bytes) -> Frame | None:
+        parts = line.split(b" ")
+        try:
+            magic, seq_text, kind, payload_text, crc = parts
+            seq = int(seq_text, 16)
+            payload = base64.b64decode(payload_text, validate=True)
+            checked = binascii.crc32(line[: -len(crc) - 1]) == int(crc, 16)
+        except ValueError:
+            raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream") from None
+        if magic != b"mfs1" or kind not in (b"o", b"e", b"x") or not checked:
+            raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream")
+        if seq <= self.seq:
+            return None
+        if seq != self.seq + 1:
+            raise ProtocolError(f"frames {self.seq + 1} to {seq - 1} are missing", op="stream")
+        self.seq = seq
+        return Frame(seq, kind.decode(), payload)

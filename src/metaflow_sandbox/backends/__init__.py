@@ -1,0 +1,1 @@
+"""Providers of sandboxes: the contract (`base.py`), the registry, one adapter each."""

@@ -1,0 +1,292 @@
+"""The backend contract: six methods that an adapter writes, and what is built on them.
+
+`Backend`   create, list, destroy       the provider
+`Sandbox`   write, read, exec           one disposable machine
+
+Rules that hold for every adapter, and that `metaflow_sandbox.testing` checks:
+
+* A command that exits with a non-zero code is a result. Only infrastructure raises.
+* Errors are `SandboxError`s (see `errors.py`) or the built-in exceptions named here.
+* Files and output stream: memory use doesn't grow with their size.
+* A parameter that the backend can't enforce is not in its `Capabilities`.
+* `destroy` may be called twice, and for a sandbox that is gone.
+* SDKs are imported in methods, never when a module is loaded.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import anyio
+
+from ..errors import SandboxError
+
+#: Receives a piece of a stream; awaiting it is the back-pressure.
+Sink = Callable[[bytes], Awaitable[None]]
+
+
+async def discard(data: bytes) -> None:
+    """A `Sink` for output that nobody wants."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can enforce. Launching with anything else is refused.
+
+    Attributes:
+        cpu, memory, disk, gpu: whether a limit is a limit.
+        image: whether `image=` chooses what the sandbox is made from.
+        network: which of "none", "hosts" and "internet" it can give. The first
+            is what a step gets that asks for nothing.
+        setup: whether shell commands can prepare the image as root.
+        keep: whether a sandbox can outlive its attempt for inspection.
+        stream: "pipe" if `exec`'s output can't be lost while the launcher lives
+            (a local process), "spool" if its connection may drop.
+    """
+
+    cpu: bool = False
+    memory: bool = False
+    disk: bool = False
+    gpu: bool = False
+    image: bool = False
+    network: Sequence[str] = ("internet", "none")
+    setup: bool = False
+    keep: bool = False
+    stream: str = "spool"
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a backend found on this machine.
+
+    Attributes:
+        provider: who does the work, with its version ("bubblewrap 0.11.0 at /usr/bin/bwrap").
+        notes: what the user should know before the run: weaker limits, a missing network.
+    """
+
+    provider: str
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What one sandbox is to be.
+
+    Attributes:
+        labels: plain strings, without secrets or user data, by which it is found again.
+        lifetime: seconds after which the provider ends it, whatever happens to us.
+        mounts: {absolute path inside: directory on the host}. A backend on this
+            machine binds them read-only, and content that comes later is seen; for
+            others `Sandbox.deliver` copies them.
+        cpu, memory (MB), disk (MB), gpu, image: None where nothing was asked.
+        network: False, True, or the hosts that may be reached; None: the backend's default.
+    """
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    lifetime: float = 3600.0
+    mounts: Mapping[str, Path] = field(default_factory=dict)
+    cpu: float | None = None
+    memory: int | None = None
+    disk: int | None = None
+    gpu: int | None = None
+    image: str | None = None
+    network: bool | Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """A sandbox as `Backend.list` finds it."""
+
+    id: str
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The result of `Sandbox.run`."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Sandbox(ABC):
+    """One disposable machine."""
+
+    #: The backend that made it.
+    backend: Backend
+    #: Unique within its backend; `Backend.destroy` takes it.
+    id: str
+
+    @abstractmethod
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        on_stdout: Sink = discard,
+        on_stderr: Sink = discard,
+        timeout: float | None = None,
+    ) -> int:
+        """Runs a command and returns its exit code, 128 + n if signal n ended it.
+
+        Output is handed on while the command runs, in order for each stream.
+        `argv` is not read by a shell. `env` is added to the sandbox's own
+        variables. A command that can't be found exits with 127. If the call is
+        cancelled, the command's whole process tree is ended.
+
+        Raises:
+            TimeoutError: `timeout` seconds passed; the whole process tree is gone.
+            SandboxGone: the sandbox ended before the command did.
+        """
+
+    @abstractmethod
+    async def write(self, path: str, source: AsyncIterator[bytes]) -> None:
+        """Writes a file, making its directory if needed; replaces what was there.
+
+        Raises:
+            PermissionError, IsADirectoryError, SandboxGone.
+        """
+
+    @abstractmethod
+    def read(self, path: str) -> AsyncIterator[bytes]:
+        """Streams a regular file.
+
+        Raises (on iteration):
+            FileNotFoundError, PermissionError, IsADirectoryError, SandboxGone.
+        """
+
+    @abstractmethod
+    async def destroy(self) -> None:
+        """Ends the sandbox and everything in it. Quiet if it is gone already."""
+
+    # --- built on the four above
+
+    def diagnose(self) -> str | None:
+        """What is known from outside about a bad end: that memory ran out, that it was evicted."""
+        return None
+
+    async def write_bytes(self, path: str, data: bytes) -> None:
+        """Writes a small file."""
+
+        async def source() -> AsyncIterator[bytes]:
+            yield data
+
+        await self.write(path, source())
+
+    async def deliver(self, mounts: Mapping[str, Path]) -> None:
+        """Brings the content of host directories to their paths inside.
+
+        By default as one archive, which the sandbox's own Python unpacks.
+        A backend that bound the directories when it made the sandbox does nothing.
+
+        Raises:
+            SandboxError: the archive could not be unpacked.
+        """
+        with tempfile.TemporaryFile() as file:
+
+            def pack() -> None:
+                with tarfile.open(fileobj=file, mode="w") as archive:
+                    for target, source in mounts.items():
+                        archive.add(source, arcname=target.lstrip("/"))
+                file.seek(0)
+
+            async def pieces() -> AsyncIterator[bytes]:
+                while piece := await anyio.to_thread.run_sync(file.read, 1 << 20):
+                    yield piece
+
+            await anyio.to_thread.run_sync(pack)
+            path = f"{self.backend.work}/.inputs.tar"
+            await self.write(path, pieces())
+        script = (
+            "import os, sys, tarfile; "
+            "tarfile.open(sys.argv[1]).extractall('/'); os.unlink(sys.argv[1])"
+        )
+        result = await self.run([self.backend.python, "-I", "-S", "-c", script, path])
+        if result.exit_code != 0:
+            raise SandboxError(
+                f"the inputs could not be unpacked in the sandbox (exit code {result.exit_code}): "
+                f"{result.stderr[-500:].decode(errors='replace')}",
+                code="deliver_failed",
+                op="deliver",
+            )
+
+    async def read_bytes(self, path: str, limit: int) -> bytes:
+        """Reads a file of at most `limit` bytes.
+
+        Raises:
+            OverflowError: the file is larger.
+        """
+        data = bytearray()
+        async for piece in self.read(path):
+            data += piece
+            if len(data) > limit:
+                raise OverflowError(f"{path} in the sandbox is larger than {limit} bytes")
+        return bytes(data)
+
+    async def run(
+        self, argv: Sequence[str], *, limit: int = 1 << 20, timeout: float | None = None
+    ) -> Completed:
+        """Runs a command and keeps up to `limit` bytes of each stream."""
+        kept = {"out": bytearray(), "err": bytearray()}
+
+        def keep(name: str) -> Sink:
+            async def sink(data: bytes) -> None:
+                kept[name] += data[: limit - len(kept[name])]
+
+            return sink
+
+        code = await self.exec(
+            argv, on_stdout=keep("out"), on_stderr=keep("err"), timeout=timeout
+        )
+        return Completed(code, bytes(kept["out"]), bytes(kept["err"]))
+
+
+class Backend(ABC):
+    """A provider of sandboxes. Made without arguments; cheap until used."""
+
+    #: What users write: `@sandbox(backend=name)`.
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    #: A directory inside that the step can write, empty at the start.
+    work: str = "/sandbox"
+    #: Where the inputs go inside; the step need not be able to write it.
+    inbox: str = "/sandbox/inbox"
+    #: A Python interpreter inside, 3.8 or later.
+    python: str = "python3"
+
+    @abstractmethod
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """Makes a sandbox. When this raises, nothing is left behind.
+
+        Raises:
+            BackendUnavailable: it can't be done here, with what to do about it.
+            SandboxError: it failed; `retryable` says whether to try again.
+        """
+
+    @abstractmethod
+    async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
+        """The living sandboxes that have all of these labels."""
+
+    @abstractmethod
+    async def destroy(self, sandbox_id: str) -> None:
+        """Ends a sandbox by its id. Quiet if there is none."""
+
+    async def preflight(self) -> Preflight:
+        """Finds out, before any task starts, whether sandboxes can be made here.
+
+        Raises:
+            BackendUnavailable: they can't, with the commands that mend it.
+        """
+        return Preflight(self.name)
+
+    def limits(self) -> Capabilities:
+        """The capabilities in force on this machine; by default what the class declares."""
+        return self.capabilities

@@ -1,0 +1,206 @@
+"""Runs inside a bubblewrap sandbox as its first process, and starts what the host asks for.
+
+    box.py CONTROL_FD [UID]
+
+The host sends one message an operation over a private socket, with the file
+descriptors that the operation works on. So output goes straight from the
+command's pipe to the host: nothing is copied or framed on the way. The first
+descriptor is always the operation's own line to the host: the exit code is
+written to it, and the operation ends when the host closes it. When the control
+socket closes, this process ends, and the kernel ends everything in the sandbox.
+
+Until UID is taken this runs with the right to change its user; nothing of the
+step's runs before. Standard library only; it trusts the host and nobody trusts it.
+"""
+
+import array
+import ctypes
+import errno
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import stat
+import sys
+
+PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 4, 24, 36, 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+CAPABILITY_VERSION_3 = 0x20080522
+MESSAGE = 60_000
+LAST_CAPABILITY = 63
+
+
+def prctl(option, value):
+    return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def drop_privileges(uid):
+    """Becomes `uid` for good, with no capability left to come back by."""
+    for capability in range(LAST_CAPABILITY + 1):
+        prctl(PR_CAPBSET_DROP, capability)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
+    ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)())
+    with open("/proc/self/status") as f:
+        status = dict(line.split(":", 1) for line in f if ":" in line)
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        if int(status[name], 16) != 0:
+            raise SystemExit("capabilities are left: %s" % name)
+
+
+def children_of(root):
+    """Process ids below `root`, by /proc."""
+    parents = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open("/proc/%s/stat" % name, "rb") as f:
+                    parents[int(name)] = int(f.read().rpartition(b")")[2].split()[1])
+            except OSError:
+                continue
+    found = {root}
+    while True:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        if not more:
+            return found - {root}
+        found |= more
+
+
+def end_tree():
+    """Ends every process below this one. Daemons too: it is their subreaper."""
+    while True:
+        left = children_of(os.getpid())
+        if not left:
+            return
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+
+def run_command(request, line, out, err):
+    """Runs a command to its end, or until the host hangs up. Returns its exit code."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    woken, wake = os.pipe()
+    for fd in (woken, wake):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(wake)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    pid = os.fork()
+    if pid == 0:
+        code = 126
+        try:
+            os.setsid()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            null = os.open(os.devnull, os.O_RDONLY)
+            for number, fd in enumerate((null, out, err)):
+                os.dup2(fd, number)
+            os.closerange(3, 256)
+            os.chdir(request["cwd"])
+            os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
+        except OSError as e:
+            code = 127 if isinstance(e, FileNotFoundError) else 126
+            os.write(2, ("%s: %s\n" % (request["argv"][0], e.strerror)).encode())
+        finally:
+            os._exit(code)
+    os.close(out)
+    os.close(err)
+    selector = selectors.DefaultSelector()
+    selector.register(line, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            if key.fileobj is line:  # the host has hung up
+                end_tree()
+                return 0
+            os.read(woken, 4096)
+        try:
+            while True:
+                ended, status = os.waitpid(-1, os.WNOHANG)
+                if ended == pid:
+                    if os.WIFSIGNALED(status):
+                        return 128 + os.WTERMSIG(status)
+                    return os.WEXITSTATUS(status)
+                if ended == 0:
+                    break
+        except ChildProcessError:
+            return 255
+
+
+def copy(source, target):
+    with os.fdopen(source, "rb") as a, os.fdopen(target, "wb") as b:
+        shutil.copyfileobj(a, b, 1 << 20)
+    return 0
+
+
+def read_file(request, _line, out):
+    fd = os.open(request["path"], os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        return errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+    return copy(fd, out)
+
+
+def write_file(request, _line, source):
+    path = request["path"]
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return copy(source, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
+
+
+OPERATIONS = {"exec": run_command, "read": read_file, "write": write_file}
+
+
+def receive(control):
+    """One request: its JSON object and its descriptors, the operation's line first."""
+    fds = array.array("i")
+    data, ancillary, _, _ = control.recvmsg(MESSAGE, socket.CMSG_SPACE(8 * fds.itemsize))
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    return json.loads(data) if data else None, list(fds)
+
+
+def main(argv):
+    control = socket.socket(fileno=int(argv[0]))
+    if len(argv) > 1:
+        drop_privileges(int(argv[1]))
+    prctl(PR_SET_DUMPABLE, 0)  # no process of the step can look into this one
+    os.umask(0o022)
+    control.send(b"ready")
+    while True:
+        request, fds = receive(control)
+        if request is None:
+            return
+        if os.fork() == 0:
+            control.close()
+            line = socket.socket(fileno=fds[0])
+            try:
+                code = OPERATIONS[request["op"]](request, line, *fds[1:])
+            except OSError as e:
+                code = e.errno or 255
+            try:
+                line.send(b"%d" % code)
+            finally:
+                os._exit(0)
+        for fd in fds:
+            os.close(fd)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+
+
+main(sys.argv[1:])

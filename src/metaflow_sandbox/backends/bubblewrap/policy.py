@@ -1,0 +1,165 @@
+"""The bubblewrap command line: what a sandbox sees. This list is the security boundary.
+
+Bubblewrap promises nothing by itself. The order matters: mounts are made from
+first to last, and a later one hides an earlier one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+WORK = "/sandbox"
+
+#: What the system's programs and libraries need from /etc. No hosts' names, no
+#: resolver, no users, no keys.
+_ETC = (
+    "/etc/ld.so.cache",
+    "/etc/ssl/certs",
+    "/etc/ca-certificates",
+    "/etc/pki",
+    "/etc/alternatives",
+    "/etc/localtime",
+    "/etc/nsswitch.conf",
+    "/etc/mime.types",
+)
+
+PASSWD = b"root:x:0:0:root:/:/usr/sbin/nologin\nsandbox:x:%d:%d:sandbox:/sandbox/home:/bin/sh\n"
+GROUP = b"root:x:0:\nsandbox:x:%d:\n"
+HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost sandbox\n"
+
+
+def python_trees() -> list[Path]:
+    """The directories of this Python environment that a step needs: no other of the host's.
+
+    The interpreter's and the virtual environment's own trees, and what else is
+    a package directory on `sys.path`. Other entries (the current directory,
+    PYTHONPATH, the sources of editable installs) are left out, because such
+    trees hold what nobody means to share; the flow's own code travels in its
+    code package.
+    """
+    trees = [Path(sys.base_prefix), Path(sys.prefix), Path(sys.base_exec_prefix)]
+    trees += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+    trees += [
+        Path(entry)
+        for entry in sys.path
+        if os.path.basename(entry) in ("site-packages", "dist-packages")
+    ]
+    # A virtual environment's interpreter is a chain of links to the real one.
+    link = Path(sys.executable)
+    while link.is_symlink():
+        link = Path(os.path.normpath(link.parent / link.readlink()))
+        trees.append(link.parent.parent)
+    kept: list[Path] = []
+    for tree in sorted({t for t in trees if t.is_dir()}, key=lambda t: len(t.parts)):
+        if not any(tree.is_relative_to(k) for k in kept):
+            kept.append(tree)
+    return kept
+
+
+def _ancestors(path: str) -> list[str]:
+    return [str(p) for p in reversed(Path(path).parents) if str(p) != "/"]
+
+
+class Options:
+    """Collects bubblewrap's options, making each directory above a mount point once.
+
+    Without its own `--dir`, bubblewrap makes such a directory readable by root
+    alone, and a step that has become another user can't pass it.
+    """
+
+    def __init__(self) -> None:
+        self.args: list[str] = []
+        self._made = {"/", "/usr", "/proc", "/dev"}
+
+    def add(self, *args: str) -> None:
+        self.args += args
+
+    def parents(self, path: str) -> None:
+        for ancestor in _ancestors(path):
+            if ancestor not in self._made:
+                self._made.add(ancestor)
+                self.add("--perms", "0755", "--dir", ancestor)
+
+    def bind(self, source: str | Path, target: str | Path) -> None:
+        self.parents(str(target))
+        self.add("--ro-bind", str(source), str(target))
+        self._made.add(str(target))
+
+    def data(self, fd: int, target: str) -> None:
+        self.parents(target)
+        self.add("--perms", "0444", "--ro-bind-data", str(fd), target)
+
+    def scratch(self, target: str, megabytes: float) -> None:
+        self.parents(target)
+        self.add("--size", str(int(megabytes * (1 << 20))), "--perms", "1777", "--tmpfs", target)
+        self._made.add(target)
+
+
+def options(
+    *,
+    mounts: Mapping[str, Path],
+    disk: int,
+    files: Mapping[str, int],
+    as_root: bool,
+    environment: Mapping[str, str],
+    trees: Sequence[Path],
+) -> list[str]:
+    """Bubblewrap's options for one sandbox, to be passed by `--args FD`, never on argv.
+
+    Args:
+        mounts: {path inside: directory on the host}, read-only.
+        disk: megabytes that can be written in all, in memory: three quarters at
+            `WORK`, an eighth each at /tmp and /dev/shm.
+        files: {path inside: descriptor with its content}.
+        as_root: whether bubblewrap is run by the real root. It then makes no
+            user namespace, since the namespace's root would still be the host's
+            for /proc/sys; the first process changes its user instead.
+        environment: the variables inside, all of them.
+        trees: the Python environment, bound read-only at its own paths.
+    """
+    o = Options()
+    o.add("--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try")
+    o.add("--unshare-net", "--die-with-parent", "--new-session", "--hostname", "sandbox")
+    o.add("--clearenv", "--cap-drop", "ALL")
+    if as_root:
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+            o.add("--cap-add", capability)
+    else:
+        o.add("--unshare-user", "--disable-userns", "--assert-userns-disabled")
+        o.add("--uid", "1000", "--gid", "1000")
+
+    o.add("--ro-bind", "/usr", "/usr")
+    for name in ("bin", "sbin", "lib", "lib64", "lib32", "libx32"):
+        path = Path("/", name)
+        if path.is_symlink():
+            o.add("--symlink", str(path.readlink()).lstrip("/"), str(path))
+        elif path.is_dir():
+            o.bind(path, path)
+    for etc in _ETC:
+        if os.path.exists(etc):
+            o.bind(etc, etc)
+    o.add("--proc", "/proc", "--dev", "/dev")
+    # Root could write some of these whatever its capabilities; for others they
+    # are read-only already.
+    o.add("--ro-bind", "/proc/sys", "/proc/sys")
+
+    o.scratch("/tmp", disk / 8)  # noqa: S108 - inside the sandbox
+    o.scratch("/dev/shm", disk / 8)  # noqa: S108
+    o.scratch(WORK, disk * 3 / 4)
+    # After the tmpfs mounts, which would hide an environment below /tmp.
+    for tree in trees:
+        if not tree.is_relative_to("/usr"):
+            o.bind(tree, tree)
+    for target, source in mounts.items():
+        o.bind(source, target)
+    for path, fd in files.items():
+        o.data(fd, path)
+    for name, value in environment.items():
+        o.add("--setenv", name, value)
+    # /dev and / are tmpfs too, without a size: nothing may be written there.
+    o.add("--chdir", WORK, "--remount-ro", "/dev", "--remount-ro", "/")
+    return o.args

@@ -1,0 +1,435 @@
+"""One attempt's life: create, stage, run, collect, admit, record, destroy.
+
+One async function of a job, a backend and a recorder, without global state.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import anyio
+from metaflow import metaflow_config
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from ..admission import results
+from ..admission.text import harmless
+from ..agent.frames import Frame, FrameDecoder
+from ..backends.base import Backend, Sandbox, SandboxSpec
+from ..errors import ProtocolError, Rejected, SandboxError, SandboxGone
+from .job import Job
+from .logs import LogRelay, write_all
+from .record import Recorder
+from .stage import Staging, code_tree
+from .store import Parent, parents_of
+
+T = TypeVar("T")
+
+# The launcher ends the step at its deadline; the provider ends what a dead launcher left.
+_LIFETIME_MARGIN = 600.0
+_RECONNECT_SECONDS = 120.0
+_TAIL = 4096
+_MISSING_MODULE = re.compile(r"No module named '([A-Za-z_][\w.]{0,100})'")
+# Exit codes to which Metaflow's scheduler gives a meaning that a step may not choose.
+_RESERVED_CODES = (202, 203)
+
+
+@dataclass
+class Outcome:
+    """How the step's process ended, as the agent reports it. Shares the step's trust."""
+
+    rc: int
+    signal: int | None = None
+    inline: bytes | None = None
+    size: int = 0
+    dropped: int = 0
+    problem: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, payload: bytes) -> Outcome:
+        """Reads an exit frame.
+
+        Raises:
+            ProtocolError: it isn't one.
+        """
+        try:
+            end = json.loads(payload)
+            inline = base64.b64decode(end["inline"]) if end["inline"] is not None else None
+            seconds = {str(k): float(v) for k, v in (end.get("seconds") or {}).items()}
+            number = end["signal"]
+            return cls(
+                rc=int(end["rc"]),
+                signal=None if number is None else int(number),
+                inline=inline,
+                size=int(end["size"]),
+                dropped=int(end["dropped"]),
+                problem=None if end["problem"] is None else str(end["problem"]),
+                seconds=seconds,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ProtocolError("the exit frame is broken", op="stream") from None
+
+
+class Failed(Exception):
+    """The attempt failed for a reason that the user should read."""
+
+
+@contextlib.asynccontextmanager
+async def _timed(timings: dict[str, float], name: str) -> AsyncIterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        timings[name] = time.monotonic() - start
+
+
+class Attempt:
+    """Runs one attempt. `run` returns the exit code for Metaflow's scheduler."""
+
+    def __init__(self, job: Job, backend: Backend, recorder: Recorder) -> None:
+        self.job = job
+        self.backend = backend
+        self.recorder = recorder
+        self.timings: dict[str, float] = {}
+        self._sandbox: Sandbox | None = None
+        output = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
+        self._output_bytes = output
+        self._logs = {"o": LogRelay(1, output), "e": LogRelay(2, output)}
+        self._tail = bytearray()  # of the step's stderr
+        self._outcome: Outcome | None = None
+
+    async def run(self) -> int:
+        """The whole life. Whatever happens, no sandbox and no file is left behind."""
+        job = self.job
+        directory = Path(tempfile.mkdtemp(prefix=f"{job.step}-{job.task}-", dir=job.workspace))
+        parents: list[Parent] = []
+        try:
+            try:
+                parents = await self._prepare(directory)
+                outcome = await self._run_step()
+                return await self._finish(outcome, parents, directory)
+            except (SandboxError, Rejected, Failed) as e:
+                await self._say(str(e))
+                await _blocking(self.recorder.fail)
+                return 1
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._destroy()
+                await _blocking(self.recorder.end)
+                await _blocking(partial(shutil.rmtree, directory, ignore_errors=True))
+
+    # --- create and stage
+
+    async def _prepare(self, directory: Path) -> list[Parent]:
+        """Makes the sandbox, and meanwhile stages its inputs and records the start."""
+        job, backend = self.job, self.backend
+        store = self.recorder.flow_datastore
+        staging = Staging(job, backend, directory)
+        async with _timed(self.timings, "code"):
+            code = await _blocking(partial(code_tree, job.workspace, job.package, store))
+        mounts = {staging.inside: directory, staging.code_inside: code}
+        parents: list[Parent] = []
+
+        def stage() -> None:
+            parents.extend(parents_of(store, job.input_paths))
+            staging.fill(parents, store, self._output_bytes)
+            self.recorder.begin(parents)
+
+        async def create() -> None:
+            async with _timed(self.timings, "create"):
+                self._sandbox = await self._create(self._spec(mounts))
+
+        with _plain_errors():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(create)
+                async with _timed(self.timings, "stage"):
+                    await _blocking(stage)
+        assert self._sandbox is not None
+        await self._sandbox.deliver(mounts)
+        return parents
+
+    def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
+        job, request = self.job, self.job.request
+        limits = self.backend.limits()
+        memory = request.memory or int(metaflow_config.SANDBOX_MEMORY) or None
+        disk = request.disk or int(metaflow_config.SANDBOX_DISK) or None
+        return SandboxSpec(
+            labels={
+                "metaflow-flow": job.flow,
+                "metaflow-run": job.run,
+                "metaflow-step": job.step,
+                "metaflow-task": job.task,
+                "metaflow-attempt": str(job.attempt),
+            },
+            lifetime=request.deadline + _LIFETIME_MARGIN,
+            mounts=mounts,
+            cpu=request.cpu,
+            memory=memory if limits.memory else None,
+            disk=disk if limits.disk else None,
+            gpu=request.gpu,
+            image=request.image,
+            network=request.network,
+        )
+
+    async def _create(self, spec: SandboxSpec) -> Sandbox:
+        """Creates the sandbox; tries again what is known to be worth it, since no code ran yet."""
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(5),
+            wait=wait_random_exponential(multiplier=0.5, max=30),
+            retry=retry_if_exception(
+                lambda e: isinstance(e, SandboxError) and e.retryable is True
+            ),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        return await attempts(self.backend.create, spec)
+
+    # --- run
+
+    async def _run_step(self) -> Outcome:
+        """Runs the agent, passes the step's output on, and waits for its exit frame."""
+        deadline = self.job.request.deadline
+        async with _timed(self.timings, "run"):
+            try:
+                with anyio.fail_after(deadline):
+                    if self.backend.limits().stream == "pipe":
+                        await self._run_by_pipe()
+                    else:
+                        await self._run_by_spool()
+            except TimeoutError:
+                raise Failed(
+                    f"the step was ended after {deadline:.0f} s, its limit. "
+                    "Give it more with timeout=… or @timeout."
+                ) from None
+            finally:
+                for log in self._logs.values():
+                    await log.close()
+        if diagnosis := self._diagnosis():
+            raise Failed(f"the step failed: {diagnosis}.")
+        if self._outcome is None:
+            raise Failed(
+                "the sandbox ended before the step did, or the step ended the agent. "
+                + harmless(bytes(self._tail).decode(errors="replace"), 1000)
+            )
+        return self._outcome
+
+    def _agent(self, *arguments: str) -> list[str]:
+        inbox = self.backend.inbox
+        return [self.backend.python, "-I", "-S", f"{inbox}/attempt/agent.py", *arguments]
+
+    def _directories(self) -> tuple[str, str, str]:
+        return f"{self.backend.inbox}/attempt", f"{self.backend.inbox}/code", self.backend.work
+
+    async def _run_by_pipe(self) -> None:
+        assert self._sandbox is not None
+        decoder = FrameDecoder()
+        argv = self._agent("run", *self._directories())
+        await self._sandbox.exec(
+            argv, on_stdout=partial(self._frames, decoder), on_stderr=self._keep_tail
+        )
+
+    async def _run_by_spool(self) -> None:
+        """Starts the agent detached and follows its spool, again whenever the line drops."""
+        assert self._sandbox is not None
+        sandbox, spool = self._sandbox, f"{self.backend.work}/.spool"
+        started = await sandbox.run(self._agent("start", *self._directories(), spool))
+        if started.exit_code != 0:
+            raise Failed(
+                f"the agent could not be started: {harmless(started.stderr.decode(errors='replace'))}"
+            )
+        decoder = FrameDecoder()
+        acknowledged = 0
+        lost_at: float | None = None
+        while self._outcome is None:
+            before = decoder.seq
+            decoder.reconnect()
+            with contextlib.suppress(SandboxGone if lost_at is None else ()):
+                async with anyio.create_task_group() as tasks:
+
+                    async def acknowledge() -> None:
+                        nonlocal acknowledged
+                        while True:
+                            await anyio.sleep(0.2)
+                            if decoder.seq > acknowledged:
+                                acknowledged = decoder.seq
+                                await sandbox.write_bytes(f"{spool}/ack", b"%d" % acknowledged)
+
+                    tasks.start_soon(acknowledge)
+                    await sandbox.exec(
+                        self._agent("follow", spool, str(decoder.seq)),
+                        on_stdout=partial(self._frames, decoder),
+                        on_stderr=self._keep_tail,
+                    )
+                    tasks.cancel_scope.cancel()
+            if decoder.seq > before:
+                lost_at = None
+            elif lost_at is None:
+                lost_at = time.monotonic()
+            elif time.monotonic() - lost_at > _RECONNECT_SECONDS:
+                return
+
+    async def _frames(self, decoder: FrameDecoder, data: bytes) -> None:
+        for frame in decoder.feed(data):
+            await self._frame(frame)
+
+    async def _frame(self, frame: Frame) -> None:
+        if self._outcome is not None:
+            return  # nothing comes after the end
+        if frame.kind == "x":
+            self._outcome = Outcome.parse(frame.payload)
+            return
+        if frame.kind == "e":
+            await self._keep_tail(frame.payload)
+        await self._logs[frame.kind].feed(frame.payload)
+
+    async def _keep_tail(self, data: bytes) -> None:
+        self._tail += data
+        del self._tail[:-_TAIL]
+
+    def _diagnosis(self) -> str | None:
+        return self._sandbox.diagnose() if self._sandbox is not None else None
+
+    # --- collect, admit and record
+
+    async def _finish(self, outcome: Outcome, parents: list[Parent], directory: Path) -> int:
+        dropped = outcome.dropped + sum(log.dropped for log in self._logs.values())
+        if dropped > 0:
+            await self._say(
+                f"{dropped} bytes of output were dropped: a step may print "
+                f"{self._output_bytes >> 20} MB (METAFLOW_SANDBOX_MAX_OUTPUT)."
+            )
+        succeeded = outcome.rc == 0 and outcome.problem is None
+        delivered = await self._collect(outcome, directory)
+        await self._destroy()
+        if delivered.complete:
+            limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+            async with _timed(self.timings, "record"):
+                await _blocking(
+                    partial(
+                        self.recorder.finish, parents, delivered, succeeded=succeeded, limit=limit
+                    )
+                )
+            if succeeded:
+                return 0
+        else:
+            await _blocking(self.recorder.fail)
+            await self._say(self._why(outcome))
+        if hint := self._hint():
+            await self._say(hint)
+        code = outcome.rc if 0 < outcome.rc < 256 else 1
+        return 1 if code in _RESERVED_CODES else code
+
+    async def _collect(self, outcome: Outcome, directory: Path) -> results.Results:
+        """Takes the results out of the exit frame, or out of the sandbox."""
+        assert self._sandbox is not None
+        if outcome.inline is not None:
+            content = outcome.inline
+
+            async def inlined() -> AsyncIterator[bytes]:
+                yield content
+
+            stream = inlined()
+        else:
+            stream = self._sandbox.read(f"{self.backend.work}/outbox")
+        target = directory / "results"
+        target.mkdir(mode=0o700)
+        disk = self.job.request.disk or int(metaflow_config.SANDBOX_DISK)
+        async with _timed(self.timings, "collect"):
+            try:
+                return await results.receive(stream, target, disk << 20)
+            except OSError as e:
+                raise Failed(f"the step's results can't be read: {e.strerror}") from None
+
+    def _why(self, outcome: Outcome) -> str:
+        if outcome.problem:
+            return f"the agent could not run the step: {harmless(outcome.problem)}"
+        if outcome.signal is not None:
+            name = signal.Signals(outcome.signal).name if 0 < outcome.signal < 65 else "?"
+            return f"the step was ended by signal {outcome.signal} ({name})."
+        if outcome.rc == 0:
+            return (
+                "the step's process ended with exit code 0 before Metaflow could record its "
+                "results (does it call exit?)."
+            )
+        return f"the step's process ended with exit code {outcome.rc}."
+
+    def _hint(self) -> str | None:
+        """What to write when a package is missing inside, with the host's version."""
+        found = _MISSING_MODULE.findall(bytes(self._tail).decode(errors="replace"))
+        if not found:
+            return None
+        module = found[-1].partition(".")[0]
+        names = packages_distributions().get(module, [module])
+        try:
+            wanted = f"{names[0]}=={version(names[0])}"
+        except PackageNotFoundError:
+            return f"the sandbox has no package {module!r}, and neither has this environment."
+        package, _, number = wanted.partition("==")
+        return (
+            f"the sandbox has no package {module!r}; here it is {wanted}. Sandboxes see packages "
+            "that are installed in this Python environment, not editable installs or PYTHONPATH. "
+            f'Install it here (pip install {wanted}), or name it for the step: '
+            f'@pypi(packages={{"{package}": "{number}"}}) or image=…, where the backend has these.'
+        )
+
+    async def _destroy(self) -> None:
+        if self._sandbox is not None:
+            sandbox, self._sandbox = self._sandbox, None
+            with anyio.CancelScope(shield=True):
+                await sandbox.destroy()
+
+    async def _say(self, message: str) -> None:
+        await write_all(2, "".join(f"[sandbox] {x}\n" for x in message.split("\n")).encode())
+
+
+async def _blocking(function: Callable[[], T]) -> T:
+    """Runs something that blocks in a thread; it is waited for even when cancelled."""
+    return await anyio.to_thread.run_sync(function)
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Any:
+    """Raises what went wrong inside of a task group by itself, not as a group."""
+    try:
+        yield
+    except BaseException as e:
+        while isinstance(e, BaseException) and hasattr(e, "exceptions"):
+            e = e.exceptions[0]
+        raise e from None
+
+
+async def run_until_signal(attempt: Attempt) -> int:
+    """Runs an attempt; SIGINT, SIGTERM and SIGHUP end it and clean up."""
+    code = 1
+    async with anyio.create_task_group() as tasks:
+
+        async def watch() -> None:
+            nonlocal code
+            with anyio.open_signal_receiver(
+                signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+            ) as signals:
+                async for number in signals:
+                    code = 128 + number
+                    tasks.cancel_scope.cancel()
+
+        tasks.start_soon(watch)
+        code = await attempt.run()
+        tasks.cancel_scope.cancel()
+    if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
+        sys.stderr.write(f"[sandbox] {json.dumps(attempt.timings)}\n")
+    return code

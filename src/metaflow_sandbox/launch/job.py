@@ -1,0 +1,139 @@
+"""What one attempt is: everything the launcher needs, read once from Metaflow's context."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metaflow import util
+
+from ..errors import SandboxError
+from .request import Request
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attempt of one task.
+
+    Attributes:
+        package: (metadata, sha, url) of the code package.
+        top_options: Metaflow's options before `step`, as they are on the host.
+        environment: variables of the step from @environment and `env=`; secret.
+    """
+
+    flow: str
+    run: str
+    step: str
+    task: str
+    attempt: int
+    max_user_code_retries: int
+    input_paths: str
+    split_index: int | None
+    clone_run: str | None
+    tags: tuple[str, ...]
+    namespace: str | None
+    script: str
+    package: tuple[str, str, str]
+    top_options: dict[str, Any]
+    environment: dict[str, str]
+    request: Request
+    backend: str
+    workspace: Path
+
+    @property
+    def pathspec(self) -> str:
+        return f"{self.flow}/{self.run}/{self.step}/{self.task}"
+
+    @classmethod
+    def from_context(cls, ctx: Any, options: dict[str, Any]) -> Job:
+        """Reads Metaflow's click context and the options of `sandbox step`.
+
+        Raises:
+            SandboxError: the step has no sandbox decorator, or `env` names a
+                variable that isn't set.
+        """
+        step = options["step_name"]
+        decorators = ctx.obj.graph[step].decorators
+        requests = [d.request for d in decorators if hasattr(d, "request")]
+        if not requests:
+            raise SandboxError(f"step {step} has no sandbox decorator", op="launch")
+        environment: dict[str, str] = {}
+        for deco in decorators:
+            if deco.name == "environment":
+                environment.update({k: str(v) for k, v in deco.attributes["vars"].items()})
+        environment.update(resolve(requests[0].env))
+        return cls(
+            flow=ctx.obj.flow.name,
+            run=options["run_id"],
+            step=step,
+            task=options["task_id"],
+            attempt=options["retry_count"],
+            max_user_code_retries=options["max_user_code_retries"],
+            input_paths=options["input_paths"] or "",
+            split_index=options["split_index"],
+            clone_run=options["clone_run_id"],
+            tags=tuple(options["tag"] or ()),
+            namespace=options["namespace"],
+            script=os.path.basename(sys.argv[0]),
+            package=(
+                options["code_package_metadata"],
+                options["code_package_sha"],
+                options["code_package_url"],
+            ),
+            top_options=dict(ctx.parent.parent.params),
+            environment=environment,
+            request=requests[0],
+            backend=options["backend"],
+            workspace=Path(options["workspace"]),
+        )
+
+    def argv(self, python: str, datastore_root: str, input_paths: str) -> list[str]:
+        """The command that runs the step inside, on a datastore and metadata of its own."""
+        top = {
+            **self.top_options,
+            "datastore": "local",
+            "datastore_root": datastore_root,
+            "metadata": "local",
+            "event_logger": "nullSidecarLogger",
+            "monitor": "nullSidecarMonitor",
+        }
+        options = {
+            "run_id": self.run,
+            "task_id": self.task,
+            "input_paths_filename": input_paths,
+            "split_index": self.split_index,
+            "retry_count": self.attempt,
+            "max_user_code_retries": self.max_user_code_retries,
+            "clone_run_id": self.clone_run,
+            "tag": self.tags,
+            "namespace": self.namespace,
+        }
+
+        def words(mapping: dict[str, Any]) -> list[str]:
+            given = {k: v for k, v in mapping.items() if v not in (None, ())}
+            return shlex.split(" ".join(util.dict_to_cli_options(given)))
+
+        return [python, "-u", self.script, *words(top), "step", self.step, *words(options)]
+
+
+def resolve(env: tuple[str, ...] | dict[str, str]) -> dict[str, str]:
+    """The variables that `env=` stands for.
+
+    Raises:
+        SandboxError: one that is to be passed on isn't set.
+    """
+    if isinstance(env, dict):
+        return env
+    missing = [name for name in env if name not in os.environ]
+    if missing:
+        raise SandboxError(
+            f"env: {', '.join(missing)} is not set where the flow was started: "
+            f"export {missing[0]}=…",
+            code="missing_variable",
+            op="launch",
+        )
+    return {name: os.environ[name] for name in env}

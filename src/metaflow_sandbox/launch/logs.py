@@ -1,0 +1,64 @@
+"""Passes a step's output on to Metaflow's scheduler, line by line, made harmless.
+
+Each line gets Metaflow's own mark of where and when it was printed, and the mark
+that the scheduler is to store it. So lines are shown live and stored once, by
+any datastore, and those that came before a crash of the launcher are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import anyio
+from metaflow.mflog import TASK_LOG_SOURCE
+from metaflow.mflog.mflog import decorate, set_should_persist
+
+from ..admission.text import escape
+
+#: A longer line is passed on in pieces.
+LINE_BYTES = 64 << 10
+# A pipe that is reported as writable takes this much without blocking.
+_PIECE = 4096
+
+
+async def write_all(fd: int, data: bytes) -> None:
+    """Writes to a pipe, terminal or file without blocking the event loop on a slow reader."""
+    for start in range(0, len(data), _PIECE):
+        with contextlib.suppress(PermissionError, OSError):  # a regular file can't be waited for
+            await anyio.wait_writable(fd)
+        os.write(fd, data[start : start + _PIECE])
+
+
+class LogRelay:
+    """Gathers a stream of output into lines and writes them to `fd`."""
+
+    def __init__(self, fd: int, limit: int) -> None:
+        self._fd = fd
+        self._left = limit
+        self._line = bytearray()
+        self.dropped = 0
+
+    async def feed(self, data: bytes) -> None:
+        """Takes the next bytes of the stream."""
+        kept = data[: self._left]
+        self._left -= len(kept)
+        self.dropped += len(data) - len(kept)
+        self._line += kept
+        lines = []
+        while (end := self._line.find(b"\n")) >= 0 or len(self._line) > LINE_BYTES:
+            end = end if 0 <= end <= LINE_BYTES else LINE_BYTES
+            lines.append(bytes(self._line[:end]))
+            del self._line[: end + (self._line[end : end + 1] == b"\n")]
+        await self._emit(lines)
+
+    async def close(self) -> None:
+        """Passes on a last line that has no end."""
+        if self._line:
+            await self._emit([bytes(self._line)])
+            self._line.clear()
+
+    async def _emit(self, lines: list[bytes]) -> None:
+        if lines:
+            marked = (set_should_persist(decorate(TASK_LOG_SOURCE, escape(x))) for x in lines)
+            await write_all(self._fd, b"".join(line + b"\n" for line in marked))

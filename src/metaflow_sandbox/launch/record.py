@@ -1,0 +1,203 @@
+"""Records an attempt in the user's datastore and metadata, by Metaflow's own classes.
+
+The order is what makes it safe to be stopped at any point: blobs, then the cards,
+then the record of the artifacts, and the mark that it is whole at the very end.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from metaflow.metadata_provider import MetaDatum
+
+from ..admission import artifacts, internals
+from ..admission.cards import wrap
+from ..admission.results import Results, blob
+from ..errors import Rejected
+from .job import Job
+from .store import Parent, save_cards, stored
+
+# What no step can change, beside Parameters and constants.
+_ALWAYS_KNOWN = ("_graph_info", "_configs_processed")
+
+
+class _Records:
+    """The form in which Metaflow takes over records: see `TaskDataStore.passdown_partial`."""
+
+    def __init__(self, objects: dict[str, str], info: dict[str, Any]) -> None:
+        self._objects = objects
+        self._info = info
+
+
+class Recorder:
+    """One attempt's way into the datastore and the metadata. Blocking; used from one thread."""
+
+    def __init__(self, job: Job, context: Any) -> None:
+        self.job = job
+        self.flow_datastore = context.flow_datastore
+        self.metadata = context.metadata
+        self.graph = context.graph
+        self.output = self.flow_datastore.get_task_datastore(
+            job.run, job.step, job.task, attempt=job.attempt, mode="w"
+        )
+
+    def begin(self, parents: list[Parent]) -> None:
+        """What Metaflow records before a step runs; starts the heartbeat."""
+        job = self.job
+        metadata, sha, url = job.package
+        # Metaflow reads these to record which code a task ran.
+        os.environ.update(
+            METAFLOW_CODE_METADATA=metadata,
+            METAFLOW_CODE_SHA=sha,
+            METAFLOW_CODE_URL=url,
+            METAFLOW_CODE_DS=self.flow_datastore.TYPE,
+        )
+        self.metadata.add_sticky_tags(tags=job.tags)
+        self.metadata.register_run_id(job.run)
+        self.metadata.register_task_id(job.run, job.step, job.task, job.attempt)
+        self.output.init_task()
+        facts: dict[str, Any] = {
+            "attempt": str(job.attempt),
+            "origin-run-id": str(job.clone_run),
+            "ds-type": self.flow_datastore.TYPE,
+            "ds-root": self.flow_datastore.datastore_root,
+            "sandbox-backend": job.backend,
+        }
+        stack = internals.admit_foreach_stack(self._position(parents, succeeded=False))
+        if shown := [f"{f.var}={f.value}" for f in stack if f.var and f.value]:
+            facts["foreach-stack"] = shown
+        if stack:
+            facts["foreach-execution-path"] = ",".join(f"{f.step}:{f.index}" for f in stack)
+        self._register(facts)
+        self.output.save_metadata(
+            {
+                "task_begin": {
+                    "code_package_metadata": metadata,
+                    "code_package_sha": sha,
+                    "code_package_ds": self.flow_datastore.TYPE,
+                    "code_package_url": url,
+                    "retry_count": job.attempt,
+                }
+            }
+        )
+        self.metadata.start_task_heartbeat(job.flow, job.run, job.step, job.task)
+
+    def finish(
+        self, parents: list[Parent], results: Results, *, succeeded: bool, limit: int
+    ) -> None:
+        """Admits what a task recorded, and records it.
+
+        Args:
+            limit: bytes that one artifact may have.
+
+        Raises:
+            Rejected: something in it is not what an honest step leaves. Nothing
+                but blobs that nobody refers to was stored.
+        """
+        job = self.job
+        position = self._position(parents, succeeded)
+        inherited = artifacts.inherited_records((p.objects, p.info) for p in parents)
+
+        def content(sha: str) -> bytes:
+            if sha in results.blobs:
+                return blob(results, sha, limit)
+            if sha in inherited and (data := stored(self.flow_datastore, sha)) is not None:
+                return data
+            raise Rejected(f"the blob {sha} was neither an input nor delivered")
+
+        values = internals.admit(position, internals.Delivered(results.objects, content))
+        decision = artifacts.decide(
+            results,
+            known=self._known(parents),
+            inherited=inherited,
+            trust=job.request.trust,
+            origin=job.pathspec,
+        )
+        self._save_blobs(results, decision, limit)
+        self.output.save_artifacts(iter(values.items()), len_hint=len(values))
+        self.output.passdown_partial(
+            _Records(decision.objects, decision.info), list(decision.objects)
+        )
+        self._save_cards(results)
+        self._register({"attempt_ok": str(succeeded)}, kind="internal_attempt_status")
+        self.output.save_metadata({"task_end": {}})
+        self.output.done()
+
+    def fail(self) -> None:
+        """What is recorded of an attempt that left no results."""
+        self._register({"attempt_ok": "False"}, kind="internal_attempt_status")
+
+    def end(self) -> None:
+        """Stops the heartbeat."""
+        self.metadata.stop_heartbeat()
+
+    # --- parts
+
+    def _position(self, parents: list[Parent], succeeded: bool) -> internals.Position:
+        job, graph = self.job, self.graph
+        node = graph[job.step]
+        join = graph[node.split_parents[-1]].type if node.type == "join" else None
+        return internals.Position(
+            flow=job.flow,
+            step=job.step,
+            node=node,
+            join_type=join,
+            is_start=job.step == graph.start_step,
+            split_index=job.split_index,
+            parents=tuple(p.read for p in parents),
+            succeeded=succeeded,
+        )
+
+    @staticmethod
+    def _known(parents: list[Parent]) -> dict[str, tuple[str, dict[str, Any]]]:
+        first = parents[0]
+        graph = first.read("_graph_info") or {}
+        names = {i["name"] for kind in ("parameters", "constants") for i in graph.get(kind, [])}
+        return {
+            name: (first.objects[name], first.info[name])
+            for name in [*sorted(names), *_ALWAYS_KNOWN]
+            if name in first.objects
+        }
+
+    def _save_blobs(self, results: Results, decision: artifacts.Decision, limit: int) -> None:
+        """Stores what is new, one blob in memory at a time, under keys that the host works out."""
+        sizes: dict[str, int] = {}
+
+        def contents() -> Iterator[bytes]:
+            for sha in sorted(decision.new):
+                data = blob(results, sha, limit)
+                # Metaflow keeps what is there. SHA-1 can be made to collide, so
+                # make sure that it is the same.
+                if (there := stored(self.flow_datastore, sha)) is not None and there != data:
+                    raise Rejected(f"the datastore has something else under the key {sha}")
+                sizes[sha] = len(data)
+                yield data
+
+        self.flow_datastore.ca_store.save_blobs(contents(), len_hint=len(decision.new))
+        for name, sha in decision.objects.items():
+            if sha in sizes and decision.info[name].get("size") == 0:
+                decision.info[name]["size"] = sizes[sha]
+
+    def _save_cards(self, results: Results) -> None:
+        job = self.job
+        folder = f"{job.flow}/runs/{job.run}/steps/{job.step}/tasks/{job.task}/cards"
+        if results.cards:
+            save_cards(
+                self.flow_datastore,
+                [
+                    (f"{folder}/{name}", io.BytesIO(wrap(path.read_bytes())))
+                    for name, path in results.cards.items()
+                ],
+            )
+
+    def _register(self, facts: dict[str, Any], kind: str | None = None) -> None:
+        tags = [f"attempt_id:{self.job.attempt}"]
+        self.metadata.register_metadata(
+            self.job.run,
+            self.job.step,
+            self.job.task,
+            [MetaDatum(field=k, value=v, type=kind or k, tags=tags) for k, v in facts.items()],
+        )

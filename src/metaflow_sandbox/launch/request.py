@@ -1,0 +1,238 @@
+"""What a decorator asks for, checked: first by itself, then against a backend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from metaflow import metaflow_config
+from metaflow.plugins.timeout_decorator import get_run_time_limit_for_task
+
+from ..backends import registry
+from ..backends.base import Backend
+from ..errors import NotEnforceable, SandboxError
+
+#: Seconds that a step which has a @timeout may go on after it, to record its failure.
+TIMEOUT_MARGIN = 60
+_HOST = re.compile(r"(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}\Z")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+class InvalidParameter(SandboxError):
+    """A parameter of the decorator has a value that can't be meant."""
+
+    code = "invalid_parameter"
+
+
+def _number(name: str, value: Any, unit: str, whole: bool = True) -> Any:
+    try:
+        number = float(value) if not isinstance(value, bool) else float("nan")
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < 1e15 or (whole and number != int(number)):
+        kind = "a whole number" if whole else "a number"
+        raise InvalidParameter(f"{name}={value!r}: give {kind} of {unit} above 0.")
+    return int(number) if whole else number
+
+
+def _text(name: str, value: Any, example: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidParameter(f'{name}={value!r}: give a string such as {name}="{example}".')
+    return value
+
+
+def _choice(name: str, value: Any, choices: Mapping[str, str | None]) -> str:
+    """One of `choices`; a choice that can't be had yet maps to the reason."""
+    if value not in choices:
+        known = " or ".join(f'"{c}"' for c in choices)
+        raise InvalidParameter(f"{name}={value!r}: give {known}.")
+    if reason := choices[value]:
+        raise NotEnforceable(f"{name}={value!r} {reason}")
+    return str(value)
+
+
+def _environment(value: Any) -> tuple[str, ...] | dict[str, str]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise InvalidParameter(
+            f"env={type(value).__name__}: give a list of variables to pass on, "
+            'such as env=["OPENAI_API_KEY"], or a dict of plain values.'
+        )
+    names = list(value)
+    for name in names:
+        if not isinstance(name, str) or not _VARIABLE.match(name):
+            raise InvalidParameter(f"env: {name!r} is not a name of an environment variable.")
+        if name.startswith(("METAFLOW_", "MF_")):
+            raise InvalidParameter(f"env: {name} is Metaflow's own and is set for the step.")
+    if isinstance(value, Mapping):
+        for name, content in value.items():
+            if not isinstance(content, str) or "\0" in content:
+                raise InvalidParameter(f"env: the value of {name} is not a string.")
+        return dict(value)
+    return tuple(names)
+
+
+def _network(value: Any) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    hosts = [value] if isinstance(value, str) else value
+    if not isinstance(hosts, (list, tuple)) or not hosts:
+        raise InvalidParameter(
+            f"network={value!r}: give False, True or a list of hosts, "
+            'such as network=["api.openai.com"].'
+        )
+    for host in hosts:
+        if not isinstance(host, str) or not _HOST.match(host.lower()):
+            raise InvalidParameter(
+                f"network: {host!r} is not a host name. Leave out scheme, port and path."
+            )
+    return tuple(host.lower() for host in hosts)
+
+
+def _list_of_text(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise InvalidParameter(f"{name}={value!r}: give a list of shell commands.")
+    return tuple(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidParameter(f"{name}={value!r}: give True or False.")
+    return value
+
+
+_TRUST = {"data": None, "all": None}
+_TRANSFER: dict[str, str | None] = {
+    "relay": None,
+    "direct": "is not there yet: leave it out, and inputs and results pass through this machine.",
+}
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "backend": lambda v: _text("backend", v, "bubblewrap"),
+    "cpu": lambda v: _number("cpu", v, "CPUs", whole=False),
+    "memory": lambda v: _number("memory", v, "megabytes"),
+    "disk": lambda v: _number("disk", v, "megabytes"),
+    "gpu": lambda v: _number("gpu", v, "GPUs"),
+    "image": lambda v: _text("image", v, "python:3.12-slim"),
+    "env": _environment,
+    "network": _network,
+    "timeout": lambda v: _number("timeout", v, "seconds"),
+    "trust": lambda v: _choice("trust", v, _TRUST),
+    "transfer": lambda v: _choice("transfer", v, _TRANSFER),
+    "setup": lambda v: _list_of_text("setup", v),
+    "cache": lambda v: _flag("cache", v),
+    "keep": lambda v: _choice("keep", v, {"on-failure": None}),
+    "executable": lambda v: _text("executable", v, "python3"),
+}
+_AMOUNTS = ("cpu", "memory", "disk", "gpu")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The parameters of one step's sandbox. None: the user didn't ask.
+
+    `wishes` names the amounts that only come from @resources: a backend that
+    can't enforce these applies what it can, and says so.
+    """
+
+    backend: str | None = None
+    cpu: float | None = None
+    memory: int | None = None
+    disk: int | None = None
+    gpu: int | None = None
+    image: str | None = None
+    env: tuple[str, ...] | dict[str, str] = ()
+    network: bool | tuple[str, ...] | None = None
+    timeout: int | None = None
+    trust: str = "data"
+    transfer: str = "relay"
+    setup: tuple[str, ...] = ()
+    cache: bool | None = None
+    keep: str | None = None
+    executable: str | None = None
+    step_timeout: int | None = None
+    wishes: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_decorator(cls, deco: Any, decos: Iterable[Any]) -> Request:
+        """Reads a decorator, its siblings @resources and @timeout, and the configuration.
+
+        Raises:
+            InvalidParameter, NotEnforceable: with what to write instead.
+        """
+        given = dict(deco.attributes)
+        given["env"] = deco.env
+        given["backend"] = deco.backend or given["backend"] or metaflow_config.SANDBOX_BACKEND
+        if given["trust"] is None:
+            given["trust"] = metaflow_config.SANDBOX_TRUST
+        values = {k: _CHECKS[k](v) for k, v in given.items() if v is not None}
+        wishes = set()
+        for other in decos:
+            if other.name == "resources":
+                for name in _AMOUNTS:
+                    asked = other.attributes.get(name)
+                    if name in other._user_defined_attributes and asked not in (None, 0, "0"):
+                        amount = _number(f"@resources {name}", asked, "units", name != "cpu")
+                        if name not in values:
+                            wishes.add(name)
+                        values[name] = max(values.get(name, 0), amount)
+            elif other.name == "timeout":
+                values["step_timeout"] = int(get_run_time_limit_for_task(decos))
+        return cls(**values, wishes=frozenset(wishes))
+
+    @property
+    def deadline(self) -> float:
+        """Seconds after which the launcher ends the step, whatever goes on inside."""
+        limits = [self.timeout, self.step_timeout and self.step_timeout + TIMEOUT_MARGIN]
+        return min(
+            (float(limit) for limit in limits if limit),
+            default=float(metaflow_config.DEFAULT_RUNTIME_LIMIT),
+        )
+
+    def check(self, backend: Backend | None = None) -> tuple[Request, list[str]]:
+        """Holds the request against what a backend can enforce on this machine.
+
+        Returns:
+            The request without the wishes that can't be fulfilled, and a sentence
+            for each of those.
+
+        Raises:
+            BackendUnavailable: there is no such backend.
+            NotEnforceable: something was asked that it can't enforce.
+        """
+        backend = backend or registry.load(self.backend or "")
+        limits = backend.limits()
+        dropped, notes = {}, []
+        for name in _AMOUNTS:
+            value = getattr(self, name)
+            if value is None or getattr(limits, name):
+                continue
+            if name in self.wishes:
+                dropped[name] = None
+                notes.append(f"{name}={value} of @resources can't be enforced by {backend.name}.")
+                continue
+            raise NotEnforceable(
+                f"{name}={value} can't be enforced by {backend.name} here. Leave it out, or choose "
+                "a backend that can (docs/configuration.md has the table)."
+            )
+        asked = {
+            "image": (self.image, limits.image),
+            "setup": (self.setup, limits.setup),
+            "keep": (self.keep, limits.keep),
+            "cache": (self.cache is not None, limits.setup),
+            "executable": (self.executable, limits.image),
+        }
+        for name, (value, can) in asked.items():
+            if value and not can:
+                raise NotEnforceable(
+                    f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
+                    "that has it (docs/configuration.md has the table)."
+                )
+        if self.network is not None:
+            wanted = {True: "internet", False: "none"}.get(self.network, "hosts")  # type: ignore[call-overload]
+            if wanted not in limits.network:
+                raise NotEnforceable(
+                    f"network={self.network!r} can't be had from {backend.name}, which gives: "
+                    f"{', '.join(limits.network)}. Leave it out, or choose another backend."
+                )
+        return replace(self, **dropped), notes  # type: ignore[arg-type]

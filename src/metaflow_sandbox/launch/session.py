@@ -1,0 +1,75 @@
+"""What the sandboxed steps of one run share in the scheduler's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+
+from ..backends import registry
+from ..backends.base import Backend, Preflight
+from ..errors import BackendUnavailable
+from ..leases import Lease, living
+from .request import Request
+
+
+class Session:
+    """Made before the first task starts, closed when the run ends.
+
+    Attributes:
+        workspace: the run's directory on this machine; launchers put theirs below it.
+        package: (metadata, sha, url) of the uploaded code package, once there is one.
+        backends: {step: name of its backend}.
+    """
+
+    def __init__(self, flow: str, run_id: str) -> None:
+        living("run")  # which removes what runs that were killed left behind
+        self.workspace = Lease("run")
+        self.package: tuple[str, str, str] | None = None
+        self.backends: dict[str, str] = {}
+        self._preflights: dict[str, Preflight] = {}
+        self._said: set[str] = set()
+
+    def admit(self, step: str, request: Request, logger: Callable[..., None]) -> None:
+        """Chooses a step's backend and makes sure that it works here.
+
+        Raises:
+            BackendUnavailable: it doesn't, with the commands that mend it.
+            NotEnforceable: it can't do what the step asks for.
+        """
+        backend, preflight = self._choose(request)
+        _, notes = request.check(backend)
+        self.backends[step] = backend.name
+        lines = [f"Steps run in sandboxes of {preflight.provider}."]
+        lines += [f"{backend.name}: {note}" for note in preflight.notes]
+        lines += [f"Step {step}: {note}" for note in notes]
+        for line in lines:
+            if line not in self._said:
+                self._said.add(line)
+                logger(f"[sandbox] {line}", system_msg=True)
+
+    def _choose(self, request: Request) -> tuple[Backend, Preflight]:
+        if request.backend:
+            backend = registry.load(request.backend)
+            return backend, self._preflight(backend)
+        problems = []
+        for name in registry.local_order():
+            try:
+                backend = registry.load(name)
+                return backend, self._preflight(backend)
+            except BackendUnavailable as e:
+                problems.append(f"{name}: {e}")
+        raise BackendUnavailable(
+            "no local backend works on this machine, and a step is never run without one.\n"
+            + "\n".join(problems),
+            op="preflight",
+        )
+
+    def _preflight(self, backend: Backend) -> Preflight:
+        if backend.name not in self._preflights:
+            self._preflights[backend.name] = anyio.run(backend.preflight)
+        return self._preflights[backend.name]
+
+    def close(self) -> None:
+        """Removes the run's directory, with whatever killed launchers left in it."""
+        self.workspace.release()

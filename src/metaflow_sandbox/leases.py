@@ -1,0 +1,88 @@
+"""Directories on this machine that live as long as their owner, and no longer.
+
+A lease is a directory with a locked file in it. The kernel drops the lock when
+the owner ends, however it ends, so whoever comes next can tell what is stale
+and removes it. Everything that this package puts on the host's disk, outside of
+the user's datastore, is inside one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+from .errors import SandboxError
+
+_NEW = ".new-"
+_ABANDONED_SECONDS = 3600.0
+
+
+def base() -> Path:
+    """The directory that holds this user's leases: private, and surely ours.
+
+    Raises:
+        SandboxError: somebody else made it, or it can't be made.
+    """
+    path = Path(tempfile.gettempdir(), f"metaflow-sandbox-{os.getuid()}")
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as e:
+        raise SandboxError(
+            f"{path} can't be made ({e.strerror}): set TMPDIR to a directory that you can write.",
+            op="lease",
+        ) from e
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise SandboxError(
+            f"{path} is not a private directory of yours; somebody else may have made it. "
+            "Remove it, or set TMPDIR to another directory.",
+            op="lease",
+        )
+    return path
+
+
+class Lease:
+    """A directory of this process. `release` removes it; so does the next `living`."""
+
+    def __init__(self, kind: str, name: str | None = None) -> None:
+        root = base()
+        self.id = name or uuid.uuid4().hex[:12]
+        self.path = root / f"{kind}-{self.id}"
+        # Locked before it gets its name, so that nobody takes it for a stale one.
+        new = Path(tempfile.mkdtemp(prefix=_NEW, dir=root))
+        self._lock = os.open(new / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        new.rename(self.path)
+
+    def release(self) -> None:
+        """Removes the directory and all in it. Quiet if that was done already."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def living(kind: str) -> list[Path]:
+    """The leases of a kind whose owners live. Removes those whose owners don't."""
+    found = []
+    for path in base().iterdir():
+        if path.name.startswith(_NEW):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(f"{kind}-"):
+            with contextlib.suppress(OSError), open(path / "lock") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.append(path)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+    return found
