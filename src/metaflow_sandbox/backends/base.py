@@ -243,9 +243,7 @@ class Sandbox(ABC):
 
             return sink
 
-        code = await self.exec(
-            argv, on_stdout=keep("out"), on_stderr=keep("err"), timeout=timeout
-        )
+        code = await self.exec(argv, on_stdout=keep("out"), on_stderr=keep("err"), timeout=timeout)
         return Completed(code, bytes(kept["out"]), bytes(kept["err"]))
 
 

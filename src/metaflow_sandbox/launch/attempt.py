@@ -15,12 +15,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
-from typing import Any, TypeVar
 
 import anyio
 from metaflow import metaflow_config
@@ -30,14 +29,13 @@ from ..admission import results
 from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
+from ..concurrency import blocking, plain_errors
 from ..errors import ProtocolError, Rejected, SandboxError, SandboxGone
 from .job import Job
 from .logs import LogRelay, write_all
 from .record import Recorder
 from .stage import Staging, code_tree
 from .store import Parent, parents_of
-
-T = TypeVar("T")
 
 # The launcher ends the step at its deadline; the provider ends what a dead launcher left.
 _LIFETIME_MARGIN = 600.0
@@ -125,13 +123,13 @@ class Attempt:
                 return await self._finish(outcome, parents, directory)
             except (SandboxError, Rejected, Failed) as e:
                 await self._say(str(e))
-                await _blocking(self.recorder.fail)
+                await blocking(self.recorder.fail)
                 return 1
         finally:
             with anyio.CancelScope(shield=True):
                 await self._destroy()
-                await _blocking(self.recorder.end)
-                await _blocking(partial(shutil.rmtree, directory, ignore_errors=True))
+                await blocking(self.recorder.end)
+                await blocking(partial(shutil.rmtree, directory, ignore_errors=True))
 
     # --- create and stage
 
@@ -141,7 +139,7 @@ class Attempt:
         store = self.recorder.flow_datastore
         staging = Staging(job, backend, directory)
         async with _timed(self.timings, "code"):
-            code = await _blocking(partial(code_tree, job.workspace, job.package, store))
+            code = await blocking(partial(code_tree, job.workspace, job.package, store))
         mounts = {staging.inside: directory, staging.code_inside: code}
         parents: list[Parent] = []
 
@@ -154,11 +152,11 @@ class Attempt:
             async with _timed(self.timings, "create"):
                 self._sandbox = await self._create(self._spec(mounts))
 
-        with _plain_errors():
+        with plain_errors():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(create)
                 async with _timed(self.timings, "stage"):
-                    await _blocking(stage)
+                    await blocking(stage)
         assert self._sandbox is not None
         await self._sandbox.deliver(mounts)
         return parents
@@ -191,9 +189,7 @@ class Attempt:
         attempts = AsyncRetrying(
             stop=stop_after_attempt(5),
             wait=wait_random_exponential(multiplier=0.5, max=30),
-            retry=retry_if_exception(
-                lambda e: isinstance(e, SandboxError) and e.retryable is True
-            ),
+            retry=retry_if_exception(lambda e: isinstance(e, SandboxError) and e.retryable is True),
             sleep=anyio.sleep,
             reraise=True,
         )
@@ -258,7 +254,7 @@ class Attempt:
         while self._outcome is None:
             before = decoder.seq
             decoder.reconnect()
-            with contextlib.suppress(SandboxGone if lost_at is None else ()):
+            with contextlib.suppress(SandboxGone), plain_errors():
                 async with anyio.create_task_group() as tasks:
 
                     async def acknowledge() -> None:
@@ -319,7 +315,7 @@ class Attempt:
         if delivered.complete:
             limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
             async with _timed(self.timings, "record"):
-                await _blocking(
+                await blocking(
                     partial(
                         self.recorder.finish, parents, delivered, succeeded=succeeded, limit=limit
                     )
@@ -327,7 +323,7 @@ class Attempt:
             if succeeded:
                 return 0
         else:
-            await _blocking(self.recorder.fail)
+            await blocking(self.recorder.fail)
             await self._say(self._why(outcome))
         if hint := self._hint():
             await self._say(hint)
@@ -383,7 +379,7 @@ class Attempt:
         return (
             f"the sandbox has no package {module!r}; here it is {wanted}. Sandboxes see packages "
             "that are installed in this Python environment, not editable installs or PYTHONPATH. "
-            f'Install it here (pip install {wanted}), or name it for the step: '
+            f"Install it here (pip install {wanted}), or name it for the step: "
             f'@pypi(packages={{"{package}": "{number}"}}) or image=…, where the backend has these.'
         )
 
@@ -397,39 +393,23 @@ class Attempt:
         await write_all(2, "".join(f"[sandbox] {x}\n" for x in message.split("\n")).encode())
 
 
-async def _blocking(function: Callable[[], T]) -> T:
-    """Runs something that blocks in a thread; it is waited for even when cancelled."""
-    return await anyio.to_thread.run_sync(function)
-
-
-@contextlib.contextmanager
-def _plain_errors() -> Any:
-    """Raises what went wrong inside of a task group by itself, not as a group."""
-    try:
-        yield
-    except BaseException as e:
-        while isinstance(e, BaseException) and hasattr(e, "exceptions"):
-            e = e.exceptions[0]
-        raise e from None
-
-
 async def run_until_signal(attempt: Attempt) -> int:
     """Runs an attempt; SIGINT, SIGTERM and SIGHUP end it and clean up."""
     code = 1
-    async with anyio.create_task_group() as tasks:
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
 
-        async def watch() -> None:
-            nonlocal code
-            with anyio.open_signal_receiver(
-                signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-            ) as signals:
-                async for number in signals:
-                    code = 128 + number
-                    tasks.cancel_scope.cancel()
+            async def watch() -> None:
+                nonlocal code
+                endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                with anyio.open_signal_receiver(*endings) as signals:
+                    async for number in signals:
+                        code = 128 + number
+                        tasks.cancel_scope.cancel()
 
-        tasks.start_soon(watch)
-        code = await attempt.run()
-        tasks.cancel_scope.cancel()
+            tasks.start_soon(watch)
+            code = await attempt.run()
+            tasks.cancel_scope.cancel()
     if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
         sys.stderr.write(f"[sandbox] {json.dumps(attempt.timings)}\n")
     return code

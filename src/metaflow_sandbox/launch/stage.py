@@ -250,7 +250,12 @@ class Staging:
             "system_tags": [user],
             "user_name": util.get_username(),
         }
-        for part in ("", f"/{job.run}", f"/{job.run}/{job.step}", f"/{job.run}/{job.step}/{job.task}"):
+        for part in (
+            "",
+            f"/{job.run}",
+            f"/{job.run}/{job.step}",
+            f"/{job.run}/{job.step}/{job.task}",
+        ):
             self._put(f"{path}{part}/_meta/_self.json", json.dumps(identity).encode())
 
 

@@ -22,10 +22,11 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 
+from ...concurrency import plain_errors
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease, living
 from ..base import (
@@ -100,87 +101,6 @@ def _explain(problem: str) -> str:
     return "See docs/security.md for what bubblewrap needs, or choose another backend."
 
 
-class Bubblewrap(Backend):
-    name = "bubblewrap"
-    capabilities = Capabilities(memory=True, disk=True, network=("none",), stream="pipe")
-    work = policy.WORK
-    inbox = "/inbox"
-    python = sys.executable
-
-    def limits(self) -> Capabilities:
-        return replace(self.capabilities, memory=cgroup.available())
-
-    async def preflight(self) -> Preflight:
-        """Makes one sandbox and runs `true` in it: no reading of versions or settings."""
-        notes = ["steps have no network: this backend can't give one yet."]
-        if not cgroup.available():
-            notes.append(
-                "memory is not limited here, since control groups can't be made "
-                "(run as root, or wait for systemd scopes)."
-            )
-        sandbox = await self.create(SandboxSpec(labels={"purpose": "preflight"}, disk=64))
-        try:
-            if (result := await sandbox.run(["true"])).exit_code != 0:
-                raise BackendUnavailable(
-                    f"`true` exits with {result.exit_code} in a sandbox: "
-                    f"{result.stderr.decode(errors='replace')}",
-                    op="preflight",
-                )
-        finally:
-            await sandbox.destroy()
-        return Preflight(f"bubblewrap at {sandbox.program}", notes)
-
-    async def create(self, spec: SandboxSpec) -> BubblewrapSandbox:
-        if not sys.platform.startswith("linux"):
-            raise BackendUnavailable(
-                "bubblewrap exists only on Linux: use @boxlite or @docker here.", op="create"
-            )
-        if platform.machine() not in seccomp.SUPPORTED:
-            raise BackendUnavailable(
-                f"there is no system call filter for {platform.machine()} yet: use @docker.",
-                op="create",
-            )
-        problems = []
-        for program in _candidates():
-            try:
-                return await BubblewrapSandbox.start(self, program, spec)
-            except BackendUnavailable as e:
-                problems.append(f"{program}: {e}")
-        if problems:
-            text = "\n".join(problems)
-            raise BackendUnavailable(
-                f"bubblewrap can't make a sandbox here.\n{text}\n{_explain(text)}", op="create"
-            )
-        raise BackendUnavailable(
-            "bubblewrap is not installed. Install it with one of\n"
-            "  sudo apt install bubblewrap\n"
-            '  pip install "metaflow-sandbox[local]"',
-            op="create",
-        )
-
-    async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
-        found = []
-        for path in living("box"):
-            with contextlib.suppress(OSError, ValueError):
-                record = json.loads((path / "record.json").read_text())
-                if labels.items() <= record["labels"].items():
-                    found.append(SandboxInfo(path.name.removeprefix("box-"), record["labels"]))
-        return found
-
-    async def destroy(self, sandbox_id: str) -> None:
-        for path in living("box"):
-            if path.name == f"box-{sandbox_id}":
-                with contextlib.suppress(OSError, ValueError):
-                    pidfd = os.pidfd_open(json.loads((path / "record.json").read_text())["pid"])
-                    try:
-                        # The lock says that the owner lives, so the number is still its own.
-                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                        with anyio.move_on_after(10):
-                            await anyio.wait_readable(pidfd)
-                    finally:
-                        os.close(pidfd)
-
-
 def _memfd(name: str, content: bytes) -> int:
     fd = os.memfd_create(name)
     os.write(fd, content)
@@ -201,9 +121,7 @@ class BubblewrapSandbox(Sandbox):
         self._ended = False
 
     @classmethod
-    async def start(
-        cls, backend: Bubblewrap, program: str, spec: SandboxSpec
-    ) -> BubblewrapSandbox:
+    async def start(cls, backend: Bubblewrap, program: str, spec: SandboxSpec) -> BubblewrapSandbox:
         """Starts a sandbox and waits until its box answers."""
         sandbox = cls(backend, program)
         try:
@@ -335,9 +253,7 @@ class BubblewrapSandbox(Sandbox):
     # --- operations
 
     @contextlib.asynccontextmanager
-    async def _operation(
-        self, request: dict[str, Any], *fds: int
-    ) -> AsyncIterator[socket.socket]:
+    async def _operation(self, request: dict[str, Any], *fds: int) -> AsyncIterator[socket.socket]:
         """Sends a request with its descriptors, which are closed here; gives its line."""
         line, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line.setblocking(False)
@@ -413,13 +329,14 @@ class BubblewrapSandbox(Sandbox):
                     return
                 await sink(data)
 
-        async with anyio.create_task_group() as tasks:
-            for fd, sink in streams:
-                tasks.start_soon(pump, fd, sink)
-            code = await self._result(line, "exec")
-            ended = True
-            for scope in waiting.values():
-                scope.cancel()
+        with plain_errors():
+            async with anyio.create_task_group() as tasks:
+                for fd, sink in streams:
+                    tasks.start_soon(pump, fd, sink)
+                code = await self._result(line, "exec")
+                ended = True
+                for scope in waiting.values():
+                    scope.cancel()
         return code
 
     async def deliver(self, mounts: Mapping[str, Path]) -> None:
@@ -491,3 +408,85 @@ class BubblewrapSandbox(Sandbox):
             if self._group is not None:
                 await anyio.to_thread.run_sync(self._group.remove)
             self._cleanup.close()
+
+
+class Bubblewrap(Backend):
+    name = "bubblewrap"
+    capabilities = Capabilities(memory=True, disk=True, network=("none",), stream="pipe")
+    work = policy.WORK
+    inbox = "/inbox"
+    python = sys.executable
+    sandbox_type: ClassVar[type[BubblewrapSandbox]] = BubblewrapSandbox
+
+    def limits(self) -> Capabilities:
+        return replace(self.capabilities, memory=cgroup.available())
+
+    async def preflight(self) -> Preflight:
+        """Makes one sandbox and runs `true` in it: no reading of versions or settings."""
+        notes = ["steps have no network: this backend can't give one yet."]
+        if not cgroup.available():
+            notes.append(
+                "memory is not limited here, since control groups can't be made "
+                "(run as root, or wait for systemd scopes)."
+            )
+        sandbox = await self.create(SandboxSpec(labels={"purpose": "preflight"}, disk=64))
+        try:
+            if (result := await sandbox.run(["true"])).exit_code != 0:
+                raise BackendUnavailable(
+                    f"`true` exits with {result.exit_code} in a sandbox: "
+                    f"{result.stderr.decode(errors='replace')}",
+                    op="preflight",
+                )
+        finally:
+            await sandbox.destroy()
+        return Preflight(f"bubblewrap at {sandbox.program}", notes)
+
+    async def create(self, spec: SandboxSpec) -> BubblewrapSandbox:
+        if not sys.platform.startswith("linux"):
+            raise BackendUnavailable(
+                "bubblewrap exists only on Linux: use @boxlite or @docker here.", op="create"
+            )
+        if platform.machine() not in seccomp.SUPPORTED:
+            raise BackendUnavailable(
+                f"there is no system call filter for {platform.machine()} yet: use @docker.",
+                op="create",
+            )
+        problems = []
+        for program in _candidates():
+            try:
+                return await self.sandbox_type.start(self, program, spec)
+            except BackendUnavailable as e:
+                problems.append(f"{program}: {e}")
+        if problems:
+            text = "\n".join(problems)
+            raise BackendUnavailable(
+                f"bubblewrap can't make a sandbox here.\n{text}\n{_explain(text)}", op="create"
+            )
+        raise BackendUnavailable(
+            "bubblewrap is not installed. Install it with one of\n"
+            "  sudo apt install bubblewrap\n"
+            '  pip install "metaflow-sandbox[local]"',
+            op="create",
+        )
+
+    async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
+        found = []
+        for path in living("box"):
+            with contextlib.suppress(OSError, ValueError):
+                record = json.loads((path / "record.json").read_text())
+                if labels.items() <= record["labels"].items():
+                    found.append(SandboxInfo(path.name.removeprefix("box-"), record["labels"]))
+        return found
+
+    async def destroy(self, sandbox_id: str) -> None:
+        for path in living("box"):
+            if path.name == f"box-{sandbox_id}":
+                with contextlib.suppress(OSError, ValueError):
+                    pidfd = os.pidfd_open(json.loads((path / "record.json").read_text())["pid"])
+                    try:
+                        # The lock says that the owner lives, so the number is still its own.
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                        with anyio.move_on_after(10):
+                            await anyio.wait_readable(pidfd)
+                    finally:
+                        os.close(pidfd)

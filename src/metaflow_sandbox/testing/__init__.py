@@ -1,0 +1,17 @@
+"""The contract of backends as tests. Needs pytest.
+
+A backend's own tests subclass `BackendContract` and give it one fixture:
+
+    from metaflow_sandbox.testing import BackendContract
+
+    class TestMine(BackendContract):
+        @pytest.fixture
+        def backend(self):
+            return Mine()
+
+Every test makes its own sandboxes and destroys them.
+"""
+
+from .contract import BackendContract
+
+__all__ = ["BackendContract"]

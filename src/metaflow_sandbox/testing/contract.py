@@ -1,0 +1,331 @@
+"""The tests behind `BackendContract`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ..backends.base import Backend, Sandbox, SandboxSpec
+from ..errors import SandboxGone
+
+BIG = 32 << 20
+_HERE = Path(__file__).parent
+
+
+class BackendContract:
+    """Subclass it, and override `backend`."""
+
+    pytestmark = pytest.mark.anyio
+
+    @pytest.fixture
+    def anyio_backend(self) -> str:
+        return "asyncio"
+
+    @pytest.fixture
+    def backend(self) -> Backend:
+        raise NotImplementedError("a contract test overrides the fixture `backend`")
+
+    @pytest.fixture
+    async def sandbox(self, backend: Backend) -> AsyncIterator[Sandbox]:
+        async with self.made(backend) as sandbox:
+            yield sandbox
+
+    @contextlib.asynccontextmanager
+    async def made(
+        self, backend: Backend, spec: SandboxSpec | None = None
+    ) -> AsyncIterator[Sandbox]:
+        sandbox = await backend.create(spec or SandboxSpec(disk=256))
+        try:
+            yield sandbox
+        finally:
+            await sandbox.destroy()
+
+    async def python(self, sandbox: Sandbox, script: str, *args: str) -> tuple[int, bytes, bytes]:
+        """Runs a script in the sandbox's Python: (exit code, stdout, stderr)."""
+        done = await sandbox.run([sandbox.backend.python, "-I", "-c", script, *args])
+        return done.exit_code, done.stdout, done.stderr
+
+    # --- lifecycle
+
+    async def test_preflight_names_the_provider(self, backend: Backend) -> None:
+        assert (await backend.preflight()).provider
+
+    async def test_the_work_directory_is_empty_and_writable(self, sandbox: Sandbox) -> None:
+        script = "import os, sys; print(os.listdir(sys.argv[1])); open(sys.argv[1] + '/x', 'w')"
+        code, out, err = await self.python(sandbox, script, sandbox.backend.work)
+        assert (code, out.strip(), err) == (0, b"[]", b"")
+
+    async def test_destroy_may_be_called_twice(self, backend: Backend) -> None:
+        sandbox = await backend.create(SandboxSpec(disk=256))
+        await sandbox.destroy()
+        await sandbox.destroy()
+        await backend.destroy(sandbox.id)
+        await backend.destroy("no-such-sandbox")
+
+    async def test_a_destroyed_sandbox_says_that_it_is_gone(self, backend: Backend) -> None:
+        sandbox = await backend.create(SandboxSpec(disk=256))
+        await sandbox.destroy()
+        with pytest.raises(SandboxGone):
+            await sandbox.run(["true"])
+
+    async def test_sandboxes_are_found_by_their_labels_and_destroyed_by_their_id(
+        self, backend: Backend
+    ) -> None:
+        labels = {"metaflow-run": uuid.uuid4().hex, "metaflow-step": "a"}
+        async with self.made(backend, SandboxSpec(labels=labels, disk=256)) as sandbox:
+            found = await backend.list({"metaflow-run": labels["metaflow-run"]})
+            assert [(info.id, dict(info.labels)) for info in found] == [(sandbox.id, labels)]
+            assert not await backend.list({**labels, "metaflow-step": "b"})
+            await backend.destroy(sandbox.id)
+            with pytest.raises(SandboxGone):
+                await sandbox.run(["true"])
+        assert not await backend.list(labels)
+
+    async def test_a_sandbox_that_is_destroyed_while_it_works_is_gone(
+        self, backend: Backend
+    ) -> None:
+        async with self.made(backend) as sandbox:
+
+            async def destroy() -> None:
+                await anyio.sleep(0.3)
+                await backend.destroy(sandbox.id)
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(destroy)
+                with pytest.raises(SandboxGone):
+                    await sandbox.run(["sleep", "60"])
+
+    async def test_two_sandboxes_see_nothing_of_each_other(self, backend: Backend) -> None:
+        async with self.made(backend) as one, self.made(backend) as other:
+            path = f"{backend.work}/mine"
+            await one.write_bytes(path, b"1")
+            with pytest.raises(FileNotFoundError):
+                await other.read_bytes(path, 100)
+
+    async def test_two_processes_make_sandboxes_at_once(self, backend: Backend) -> None:
+        script = _HERE / "one_sandbox.py"
+        name = f"{type(backend).__module__}:{type(backend).__qualname__}"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        running = [
+            subprocess.Popen(
+                [sys.executable, str(script), name], stdout=subprocess.PIPE, env=environment
+            )
+            for _ in range(2)
+        ]
+        assert [p.communicate(timeout=120)[0] for p in running] == [b"ok\n", b"ok\n"]
+
+    # --- commands
+
+    @pytest.mark.parametrize("code", [0, 1, 7, 202, 255])
+    async def test_an_exit_code_is_a_result(self, sandbox: Sandbox, code: int) -> None:
+        assert (await sandbox.run(["sh", "-c", f"exit {code}"])).exit_code == code
+
+    @pytest.mark.parametrize("number", [9, 11, 15])
+    async def test_a_signal_is_128_and_its_number(self, sandbox: Sandbox, number: int) -> None:
+        assert (await sandbox.run(["sh", "-c", f"kill -{number} $$"])).exit_code == 128 + number
+
+    async def test_a_command_that_is_not_there_exits_with_127(self, sandbox: Sandbox) -> None:
+        assert (await sandbox.run(["no-such-command"])).exit_code == 127
+
+    @pytest.mark.parametrize(
+        "argument",
+        [
+            "",
+            " ",
+            "a b",
+            "'",
+            '"',
+            "$HOME",
+            "`id`",
+            "\\",
+            "a\nb",
+            "*",
+            "--",
+            "-n",
+            "ü€𝄞",
+            ";&|<>()",
+        ],
+    )
+    async def test_arguments_arrive_as_they_are(self, sandbox: Sandbox, argument: str) -> None:
+        script = "import os, sys; sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
+        assert (await self.python(sandbox, script, argument))[1] == argument.encode()
+
+    async def test_variables_are_added_and_the_directory_is_used(self, sandbox: Sandbox) -> None:
+        out = bytearray()
+
+        async def keep(data: bytes) -> None:
+            out.extend(data)
+
+        argv = ["sh", "-c", 'echo "$A|$PATH|$PWD"']
+        await sandbox.exec(argv, env={"A": "x y"}, cwd="/usr", on_stdout=keep)
+        value, path, directory = bytes(out).decode().strip().split("|")
+        assert (value, directory) == ("x y", "/usr")
+        assert path
+
+    async def test_streams_are_apart_and_carry_any_byte(self, sandbox: Sandbox) -> None:
+        script = (
+            "import sys; b = bytes(range(256)) * 10; "
+            "sys.stdout.buffer.write(b); sys.stderr.buffer.write(b[::-1])"
+        )
+        data = bytes(range(256)) * 10
+        assert await self.python(sandbox, script) == (0, data, data[::-1])
+
+    async def test_output_comes_while_the_command_runs(self, sandbox: Sandbox) -> None:
+        seen = anyio.Event()
+
+        async def see(_: bytes) -> None:
+            seen.set()
+
+        async with anyio.create_task_group() as tasks:
+
+            async def run() -> None:
+                await sandbox.exec(["sh", "-c", "echo now; sleep 60"], on_stdout=see)
+
+            tasks.start_soon(run)
+            with anyio.fail_after(20):
+                await seen.wait()
+            tasks.cancel_scope.cancel()
+
+    async def test_much_output_arrives_whole_and_memory_stays_flat(self, sandbox: Sandbox) -> None:
+        digest, size = hashlib.sha256(), 0
+
+        async def take(data: bytes) -> None:
+            nonlocal size
+            digest.update(data)
+            size += len(data)
+
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        script = (
+            "import sys\nfor i in range(512): sys.stdout.buffer.write(bytes([i % 256]) * 65536)"
+        )
+        await sandbox.exec([sandbox.backend.python, "-c", script], on_stdout=take)
+        expected = hashlib.sha256(b"".join(bytes([i % 256]) * 65536 for i in range(512)))
+        assert (size, digest.digest()) == (BIG, expected.digest())
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < BIG // 1024 * 2
+
+    async def test_a_daemon_does_not_hold_a_command_up(self, sandbox: Sandbox) -> None:
+        with anyio.fail_after(20):
+            done = await sandbox.run(["sh", "-c", "sleep 60 & echo done"])
+        assert (done.exit_code, done.stdout) == (0, b"done\n")
+
+    async def test_a_closed_output_is_not_the_end(self, sandbox: Sandbox) -> None:
+        script = "import os, sys, time; os.close(1); os.close(2); time.sleep(0.5); sys.exit(5)"
+        assert (await self.python(sandbox, script))[0] == 5
+
+    @pytest.mark.parametrize("escape", ["sleep 61", "sleep 61 & wait", "setsid sleep 61 & wait"])
+    async def test_the_deadline_ends_the_whole_tree(self, sandbox: Sandbox, escape: str) -> None:
+        start = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await sandbox.run(["sh", "-c", escape], timeout=1.0)
+        assert time.monotonic() - start < 20
+        assert await self.running(sandbox, b"sleep\x0061") == 0
+
+    async def test_cancelling_ends_the_whole_tree(self, sandbox: Sandbox) -> None:
+        with anyio.move_on_after(1.0):
+            await sandbox.run(["sh", "-c", "setsid sleep 62 & sleep 62"])
+        with anyio.fail_after(20):
+            while await self.running(sandbox, b"sleep\x0062"):
+                await anyio.sleep(0.1)
+
+    async def running(self, sandbox: Sandbox, command: bytes) -> int:
+        """How many processes in the sandbox have this in their command line."""
+        script = (
+            "import glob, sys\nn = 0\nfor f in glob.glob('/proc/[0-9]*/cmdline'):\n"
+            " try: n += sys.argv[1].encode().replace(b'|', b'\\0') in open(f, 'rb').read()[:60]\n"
+            " except OSError: pass\nprint(n)"
+        )
+        out = await self.python(sandbox, script, command.replace(b"\0", b"|").decode())
+        return int(out[1])
+
+    # --- files
+
+    @pytest.mark.parametrize("size", [0, 1, 65536, BIG])
+    async def test_files_go_in_and_come_out(self, sandbox: Sandbox, size: int) -> None:
+        data = (bytes(range(251)) * (size // 251 + 1))[:size]
+        path = f"{sandbox.backend.work}/a b/ü/file"
+        await sandbox.write_bytes(path, b"before" * 100)
+        await sandbox.write_bytes(path, data)
+        assert await sandbox.read_bytes(path, BIG) == data
+
+    async def test_files_are_seen_by_commands(self, sandbox: Sandbox) -> None:
+        path = f"{sandbox.backend.work}/x"
+        await sandbox.write_bytes(path, b"in")
+        assert (await sandbox.run(["cat", path])).stdout == b"in"
+        await sandbox.run(["sh", "-c", f"printf out > {path}"])
+        assert await sandbox.read_bytes(path, 100) == b"out"
+
+    async def test_errors_of_files_are_the_built_in_ones(self, sandbox: Sandbox) -> None:
+        work = sandbox.backend.work
+        with pytest.raises(FileNotFoundError):
+            await sandbox.read_bytes(f"{work}/nothing", 100)
+        with pytest.raises(IsADirectoryError):
+            await sandbox.read_bytes(work, 100)
+        with pytest.raises(IsADirectoryError):
+            await sandbox.write_bytes(work, b"")
+
+    async def test_what_is_no_file_can_not_block_a_reader(self, sandbox: Sandbox) -> None:
+        path = f"{sandbox.backend.work}/fifo"
+        await sandbox.run(["mkfifo", path])
+        with anyio.fail_after(20), pytest.raises(OSError):
+            await sandbox.read_bytes(path, 100)
+
+    async def test_reading_stops_at_its_limit(self, sandbox: Sandbox) -> None:
+        path = f"{sandbox.backend.work}/x"
+        await sandbox.write_bytes(path, b"x" * 1000)
+        with pytest.raises(OverflowError):
+            await sandbox.read_bytes(path, 999)
+
+    async def test_mounts_are_delivered(self, backend: Backend, tmp_path: Path) -> None:
+        inputs = tmp_path / "inputs"
+        (inputs / "sub").mkdir(parents=True)
+        mounts = {f"{backend.inbox}/attempt": inputs}
+        async with self.made(backend, SandboxSpec(mounts=mounts, disk=256)) as sandbox:
+            (inputs / "sub" / "file").write_bytes(b"later")  # staged while it starts
+            await sandbox.deliver(mounts)
+            assert await sandbox.read_bytes(f"{backend.inbox}/attempt/sub/file", 100) == b"later"
+
+    # --- what it declares
+
+    async def test_it_declares_what_exists(self, backend: Backend) -> None:
+        limits = backend.limits()
+        assert set(limits.network) <= {"none", "hosts", "internet"}
+        assert limits.network
+        assert limits.stream in ("pipe", "spool")
+
+    async def test_memory_is_limited_where_that_is_declared(self, backend: Backend) -> None:
+        if not backend.limits().memory:
+            return
+        async with self.made(backend, SandboxSpec(memory=256, disk=64)) as sandbox:
+            code, _, _ = await self.python(sandbox, "x = bytearray(600 << 20)")
+            assert code != 0
+            assert "memory" in (sandbox.diagnose() or "")
+
+    async def test_disk_is_limited_where_that_is_declared(self, backend: Backend) -> None:
+        if not backend.limits().disk:
+            return
+        async with self.made(backend, SandboxSpec(disk=64)) as sandbox:
+            script = "open('big', 'wb').write(bytes(80 << 20))"
+            code, _, err = await self.python(sandbox, script)
+            assert code != 0
+            assert b"No space left" in err
+
+    async def test_there_is_no_network_where_none_was_asked(self, backend: Backend) -> None:
+        if "none" not in backend.limits().network:
+            return
+        async with self.made(backend, SandboxSpec(network=False, disk=64)) as sandbox:
+            script = "import socket; socket.create_connection(('1.1.1.1', 53), timeout=5)"
+            code, _, err = await self.python(sandbox, script)
+            assert code != 0
+            assert b"OSError" in err or b"Error" in err
