@@ -1,7 +1,7 @@
 """Bubblewrap keeps the contract: by its own bindings, and like a remote provider would."""
 
 import pytest
-from tests.remote import RemoteLike
+from remote_like import RemoteLike
 
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap
 from metaflow_sandbox.testing import BackendContract

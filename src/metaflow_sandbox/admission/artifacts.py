@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from metaflow_extensions.sandbox.plugins.tainted import ENCODING
+from metaflow_extensions.sandbox.plugins.tainted import MARK, tainted
 
 from ..errors import Rejected
 from .internals import FORBIDDEN, INTERNAL
@@ -48,7 +48,7 @@ def inherited_records(
     records: dict[str, Record] = {}
     for objects, info in parents:
         for name, sha in objects.items():
-            if sha not in records or info[name].get("encoding") == ENCODING:
+            if sha not in records or tainted(info[name].get("encoding")):
                 records[sha] = info[name]
     return records
 
@@ -99,10 +99,9 @@ def _tainted(claimed: Record, name: str, origin: str) -> Record:
     return {
         "size": 0,  # set when the content was measured
         "type": "<class 'object'>" if kind == _POINTER else kind,
-        "encoding": ENCODING,
+        "encoding": MARK + _text(claimed.get("encoding"), _ENCODING, "unknown"),
         "serializer_info": {
             "source": "metaflow-sandbox",
-            "encoding": _text(claimed.get("encoding"), _ENCODING, "unknown"),
             "origin": origin,
             "artifact": name,
         },
@@ -115,7 +114,7 @@ def _claimed(claimed: Record) -> Record:
     if not isinstance(details, dict) or len(json.dumps(details)) > _INFO_BYTES:
         raise Rejected("an artifact's record is not what Metaflow writes")
     encoding = _text(claimed.get("encoding"), _ENCODING, "unknown")
-    if encoding == ENCODING:
+    if tainted(encoding):
         raise Rejected("an artifact claims to have passed admission before")
     return {
         "size": 0,

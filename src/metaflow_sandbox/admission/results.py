@@ -56,10 +56,12 @@ async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> 
 
     async def more() -> bool:
         nonlocal total
-        try:
-            piece = await anext(source)
-        except StopAsyncIteration:
-            return False
+        piece = b""
+        while not piece:
+            try:
+                piece = await anext(source)
+            except StopAsyncIteration:
+                return False
         total += len(piece)
         if total > limit:
             raise Rejected(f"the results are larger than {limit >> 20} MB")
@@ -74,7 +76,7 @@ async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> 
         del buffer[: end + 1]
         target = _place(results, header, directory)
         left = header["size"]
-        with open(target, "wb") as file:
+        with open(target, "wb") as file:  # noqa: ASYNC230 - local, and a piece at a time
             while left:
                 if not buffer and not await more():
                     raise Rejected("the archive of the results is cut short")
@@ -89,13 +91,12 @@ async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> 
 
 def _header(line: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(line)
+        header: dict[str, Any] = json.loads(line)
         size, name = header["size"], header["name"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise Rejected("the archive of the results has a broken header") from None
     if type(size) is not int or size < 0 or name not in ("data.json", "blob", "card"):
         raise Rejected("the archive of the results has a broken header")
-    assert isinstance(header, dict)
     return header
 
 

@@ -25,8 +25,11 @@ before it are deleted, and the step's output is not read on while more than
 SPOOL_BYTES wait, so that a lost connection loses nothing and fills no disk.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
+import contextlib
 import ctypes
 import errno
 import json
@@ -38,6 +41,10 @@ import signal
 import sys
 import time
 
+TYPE_CHECKING = False  # as type checkers know it, without the milliseconds of importing `typing`
+if TYPE_CHECKING:
+    from typing import Any, BinaryIO
+
 MAGIC = b"mfs1"
 CHUNK = 32 * 1024  # bytes of output a frame
 SEGMENT_BYTES = 1 << 20
@@ -46,7 +53,7 @@ PR_SET_CHILD_SUBREAPER = 36
 KILL_SECONDS = 5.0  # how long leftovers are hunted before the agent reports
 
 
-def encode_frame(seq, kind, payload):
+def encode_frame(seq: int, kind: bytes, payload: bytes) -> bytes:
     """One frame as a line of bytes; `payload` is raw bytes of any kind."""
     body = b"%s %x %s %s" % (MAGIC, seq, kind, base64.b64encode(payload))
     return b"%s %08x\n" % (body, binascii.crc32(body))
@@ -58,48 +65,50 @@ def encode_frame(seq, kind, payload):
 class PipeSink:
     """Frames on a pipe that somebody reads all the time: back-pressure is the pipe's."""
 
-    def __init__(self, fd):
+    def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def write(self, seq, line):
+    def write(self, seq: int, line: bytes) -> None:
         view = memoryview(line)
         while view:
             view = view[os.write(self.fd, view) :]
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 class SpoolSink:
     """Frames in segments on disk, deleted as they are acknowledged."""
 
-    def __init__(self, directory):
+    def __init__(self, directory: str) -> None:
         self.directory = directory
         os.makedirs(directory, exist_ok=True)
-        self.segments = []  # [path, bytes, last seq], oldest first
+        self.segments: list[list[Any]] = []  # [path, bytes, last seq], oldest first
         self.count = 0
-        self.file = None
+        self.file: BinaryIO | None = None
 
-    def write(self, seq, line):
-        if self.file is None or self.segments[-1][1] + len(line) > SEGMENT_BYTES:
-            self._roll()
-        self.file.write(line)
-        self.file.flush()
+    def write(self, seq: int, line: bytes) -> None:
+        file = self.file
+        if file is None or self.segments[-1][1] + len(line) > SEGMENT_BYTES:
+            file = self._roll()
+        file.write(line)
+        file.flush()
         self.segments[-1][1] += len(line)
         self.segments[-1][2] = seq
         while sum(s[1] for s in self.segments) > SPOOL_BYTES and not self._drop_acknowledged():
             time.sleep(0.05)
 
-    def _roll(self):
+    def _roll(self) -> BinaryIO:
         if self.file is not None:
             self.file.close()
             self._drop_acknowledged()
         self.count += 1
-        path = os.path.join(self.directory, "%016d" % self.count)
-        self.file = open(path, "wb")
+        path = os.path.join(self.directory, f"{self.count:016d}")
+        self.file = open(path, "wb")  # noqa: SIM115 - open until the next one
         self.segments.append([path, 0, 0])
+        return self.file
 
-    def _drop_acknowledged(self):
+    def _drop_acknowledged(self) -> bool:
         try:
             with open(os.path.join(self.directory, "ack")) as f:
                 acknowledged = int(f.read() or 0)
@@ -111,14 +120,14 @@ class SpoolSink:
             dropped = True
         return dropped
 
-    def close(self):
+    def close(self) -> None:
         if self.file is not None:
             self.file.close()
         with open(os.path.join(self.directory, "end"), "w"):
             pass
 
 
-def follow(directory, seq):
+def follow(directory: str, seq: int) -> None:
     """Copies frames with a number above `seq` to stdout, until the spool has ended."""
     out = PipeSink(1)
     position = 0  # in the current segment
@@ -158,7 +167,7 @@ def follow(directory, seq):
 # --- the step ----------------------------------------------------------------
 
 
-def link_tree(source, target):
+def link_tree(source: str, target: str) -> None:
     """Mirrors a read-only tree as a writable one whose files are links into it."""
     for folder, _, files in os.walk(source):
         mirrored = os.path.join(target, os.path.relpath(folder, source))
@@ -167,7 +176,7 @@ def link_tree(source, target):
             os.symlink(os.path.join(folder, name), os.path.join(mirrored, name))
 
 
-def prepare(attempt, code, work):
+def prepare(attempt: str, code: str, work: str) -> None:
     """Lays out WORK: a datastore, the user's files as the working directory, home and tmp."""
     for name in ("home", "tmp"):
         os.makedirs(os.path.join(work, name), exist_ok=True)
@@ -177,13 +186,13 @@ def prepare(attempt, code, work):
     shutil.copytree(code, os.path.join(work, "flow"), ignore=shutil.ignore_patterns(".mf_code"))
 
 
-def descendants(root):
+def descendants(root: int) -> list[int]:
     """Process ids below `root`, by /proc."""
-    children = {}
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open("/proc/%s/stat" % name, "rb") as f:
+                with open(f"/proc/{name}/stat", "rb") as f:
                     fields = f.read().rpartition(b")")[2].split()
             except OSError:
                 continue
@@ -196,9 +205,9 @@ def descendants(root):
     return found
 
 
-def reap():
+def reap() -> dict[int, int]:
     """Collects every child that has ended: {pid: wait status}."""
-    ended = {}
+    ended: dict[int, int] = {}
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -209,7 +218,7 @@ def reap():
         ended[pid] = status
 
 
-def kill_descendants():
+def kill_descendants() -> None:
     """Ends whatever the step left behind, daemons that called setsid included."""
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
@@ -217,15 +226,13 @@ def kill_descendants():
         if not left:
             return
         for pid in left:
-            try:
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
         time.sleep(0.005)
         reap()
 
 
-def spawn(job, work):
+def spawn(job: dict[str, Any], work: str) -> tuple[int, int, int]:
     """Starts the step: (pid, its stdout, its stderr)."""
     out_read, out_write = os.pipe()
     err_read, err_write = os.pipe()
@@ -246,7 +253,7 @@ def spawn(job, work):
             os.chdir(os.path.join(work, "flow"))
             os.execvpe(job["argv"][0], job["argv"], job["env"])
         except BaseException as e:
-            os.write(2, ("the step could not be started: %s\n" % e).encode())
+            os.write(2, f"the step could not be started: {e}\n".encode())
         finally:
             os._exit(127)
     os.close(out_write)
@@ -257,17 +264,17 @@ def spawn(job, work):
 class Reporter:
     """Numbers frames, and stops passing on output past the attempt's limit."""
 
-    def __init__(self, sink, output_bytes):
+    def __init__(self, sink: PipeSink | SpoolSink, output_bytes: int) -> None:
         self.sink = sink
         self.seq = 0
         self.left = output_bytes
         self.dropped = 0
 
-    def frame(self, kind, payload):
+    def frame(self, kind: bytes, payload: bytes) -> None:
         self.seq += 1
         self.sink.write(self.seq, encode_frame(self.seq, kind, payload))
 
-    def output(self, kind, data):
+    def output(self, kind: bytes, data: bytes) -> None:
         kept, lost = data[: self.left], len(data[self.left :])
         self.left -= len(kept)
         self.dropped += lost
@@ -275,7 +282,7 @@ class Reporter:
             self.frame(kind, kept)
 
 
-def run_step(job, work, reporter):
+def run_step(job: dict[str, Any], work: str, reporter: Reporter) -> int:
     """Runs the step to its end and passes its output on. Returns its wait status."""
     woken, wake = os.pipe()
     for fd in (woken, wake):
@@ -287,12 +294,12 @@ def run_step(job, work, reporter):
     selector.register(out, selectors.EVENT_READ, b"o")
     selector.register(err, selectors.EVENT_READ, b"e")
     selector.register(woken, selectors.EVENT_READ, None)
-    status = None
+    status: int | None = None
     quiet_at = None  # when the pipes are given up after the end
     while status is None or len(selector.get_map()) > 1:
         timeout = None if quiet_at is None else max(0.0, quiet_at - time.monotonic())
         events = selector.select(timeout)
-        if not events and quiet_at is not None:
+        if not events and status is not None:
             break
         for key, _ in events:
             if key.data is None:
@@ -317,7 +324,7 @@ def run_step(job, work, reporter):
 # --- results -----------------------------------------------------------------
 
 
-def collect(job, work):
+def collect(job: dict[str, Any], work: str) -> int:
     """Packs what the task recorded into WORK/outbox and returns its size in bytes.
 
     The archive is a sequence of entries: a line of JSON with `name` and `size`,
@@ -329,10 +336,10 @@ def collect(job, work):
     task = job["task"]
     root = os.path.join(work, "datastore", ".metaflow")
     folder = os.path.join(root, task["flow"], task["run"], task["step"], task["task"])
-    prefix = os.path.join(folder, "%d." % task["attempt"])
+    prefix = os.path.join(folder, f"{task['attempt']}.")
     with open(os.path.join(work, "outbox"), "wb") as archive:
 
-        def add(path, **header):
+        def add(path: str, **header: Any) -> None:
             with open(path, "rb") as f:
                 header["size"] = os.fstat(f.fileno()).st_size
                 archive.write(json.dumps(header).encode() + b"\n")
@@ -345,8 +352,8 @@ def collect(job, work):
             for sha in sorted(keys - set(job["known"])):
                 path = os.path.join(root, task["flow"], "data", sha[:2], sha)
                 if os.path.exists(path):
-                    with open(path + "_meta") as f:
-                        raw = bool(json.load(f).get("cas_raw"))
+                    with open(path + "_meta") as meta:
+                        raw = bool(json.load(meta).get("cas_raw"))
                     add(path, name="blob", sha=sha, raw=raw)
                     os.unlink(path)
         cards = os.path.join(
@@ -360,7 +367,7 @@ def collect(job, work):
         return archive.tell()
 
 
-def run(attempt, code, work, sink):
+def run(attempt: str, code: str, work: str, sink: PipeSink | SpoolSink) -> None:
     """The whole life of an attempt inside the sandbox."""
     with open(os.path.join(attempt, "job.json")) as f:
         job = json.load(f)
@@ -369,7 +376,7 @@ def run(attempt, code, work, sink):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     reporter = Reporter(sink, job["limits"]["output"])
     started = time.monotonic()
-    end = {"rc": 1, "signal": None, "size": 0, "inline": None, "problem": None}
+    end: dict[str, Any] = {"rc": 1, "signal": None, "size": 0, "inline": None, "problem": None}
     try:
         prepare(attempt, code, work)
         prepared = time.monotonic()
@@ -390,14 +397,14 @@ def run(attempt, code, work, sink):
             "collect": time.monotonic() - ran,
         }
     except Exception as e:  # reported, so that the user sees why, then judged by the host
-        end["problem"] = "%s: %s" % (type(e).__name__, e)
+        end["problem"] = f"{type(e).__name__}: {e}"
         end["rc"] = end["rc"] or 1
     end["dropped"] = reporter.dropped
     reporter.frame(b"x", json.dumps(end).encode())
     sink.close()
 
 
-def detach():
+def detach() -> None:
     """Leaves the caller's session and descriptors, so that its end does not end us."""
     if os.fork():
         os._exit(0)
@@ -409,7 +416,7 @@ def detach():
         os.dup2(null, fd)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     if argv[0] == "run":
         run(argv[1], argv[2], argv[3], PipeSink(os.dup(1)))
     elif argv[0] == "start":

@@ -157,8 +157,7 @@ class Attempt:
                 tasks.start_soon(create)
                 async with _timed(self.timings, "stage"):
                     await blocking(stage)
-        assert self._sandbox is not None
-        await self._sandbox.deliver(mounts)
+        await self._made.deliver(mounts)
         return parents
 
     def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
@@ -194,6 +193,13 @@ class Attempt:
             reraise=True,
         )
         return await attempts(self.backend.create, spec)
+
+    @property
+    def _made(self) -> Sandbox:
+        """The sandbox, which exists from `_prepare` to `_destroy`."""
+        if self._sandbox is None:
+            raise RuntimeError("there is no sandbox at this point")
+        return self._sandbox
 
     # --- run
 
@@ -232,22 +238,19 @@ class Attempt:
         return f"{self.backend.inbox}/attempt", f"{self.backend.inbox}/code", self.backend.work
 
     async def _run_by_pipe(self) -> None:
-        assert self._sandbox is not None
         decoder = FrameDecoder()
         argv = self._agent("run", *self._directories())
-        await self._sandbox.exec(
+        await self._made.exec(
             argv, on_stdout=partial(self._frames, decoder), on_stderr=self._keep_tail
         )
 
     async def _run_by_spool(self) -> None:
         """Starts the agent detached and follows its spool, again whenever the line drops."""
-        assert self._sandbox is not None
-        sandbox, spool = self._sandbox, f"{self.backend.work}/.spool"
+        sandbox, spool = self._made, f"{self.backend.work}/.spool"
         started = await sandbox.run(self._agent("start", *self._directories(), spool))
         if started.exit_code != 0:
-            raise Failed(
-                f"the agent could not be started: {harmless(started.stderr.decode(errors='replace'))}"
-            )
+            said = harmless(started.stderr.decode(errors="replace"))
+            raise Failed(f"the agent could not be started: {said}")
         decoder = FrameDecoder()
         acknowledged = 0
         lost_at: float | None = None
@@ -332,7 +335,6 @@ class Attempt:
 
     async def _collect(self, outcome: Outcome, directory: Path) -> results.Results:
         """Takes the results out of the exit frame, or out of the sandbox."""
-        assert self._sandbox is not None
         if outcome.inline is not None:
             content = outcome.inline
 
@@ -341,7 +343,7 @@ class Attempt:
 
             stream = inlined()
         else:
-            stream = self._sandbox.read(f"{self.backend.work}/outbox")
+            stream = self._made.read(f"{self.backend.work}/outbox")
         target = directory / "results"
         target.mkdir(mode=0o700)
         disk = self.job.request.disk or int(metaflow_config.SANDBOX_DISK)

@@ -65,7 +65,7 @@ class Job:
         for deco in decorators:
             if deco.name == "environment":
                 environment.update({k: str(v) for k, v in deco.attributes["vars"].items()})
-        environment.update(resolve(requests[0].env))
+        environment.update(requests[0].variables())
         return cls(
             flow=ctx.obj.flow.name,
             run=options["run_id"],
@@ -118,22 +118,3 @@ class Job:
             return shlex.split(" ".join(util.dict_to_cli_options(given)))
 
         return [python, "-u", self.script, *words(top), "step", self.step, *words(options)]
-
-
-def resolve(env: tuple[str, ...] | dict[str, str]) -> dict[str, str]:
-    """The variables that `env=` stands for.
-
-    Raises:
-        SandboxError: one that is to be passed on isn't set.
-    """
-    if isinstance(env, dict):
-        return env
-    missing = [name for name in env if name not in os.environ]
-    if missing:
-        raise SandboxError(
-            f"env: {', '.join(missing)} is not set where the flow was started: "
-            f"export {missing[0]}=…",
-            code="missing_variable",
-            op="launch",
-        )
-    return {name: os.environ[name] for name in env}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -189,6 +190,21 @@ class Request:
             default=float(metaflow_config.DEFAULT_RUNTIME_LIMIT),
         )
 
+    def variables(self) -> dict[str, str]:
+        """The variables that `env=` stands for, with their values.
+
+        Raises:
+            InvalidParameter: one that is to be passed on isn't set here.
+        """
+        if isinstance(self.env, dict):
+            return self.env
+        for name in self.env:
+            if name not in os.environ:
+                raise InvalidParameter(
+                    f"env: {name} is not set where the flow was started: export {name}=…"
+                )
+        return {name: os.environ[name] for name in self.env}
+
     def check(self, backend: Backend | None = None) -> tuple[Request, list[str]]:
         """Holds the request against what a backend can enforce on this machine.
 
@@ -202,7 +218,8 @@ class Request:
         """
         backend = backend or registry.load(self.backend or "")
         limits = backend.limits()
-        dropped, notes = {}, []
+        dropped: dict[str, Any] = {}
+        notes = []
         for name in _AMOUNTS:
             value = getattr(self, name)
             if value is None or getattr(limits, name):
@@ -228,11 +245,11 @@ class Request:
                     f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
                     "that has it (docs/configuration.md has the table)."
                 )
-        if self.network is not None:
-            wanted = {True: "internet", False: "none"}.get(self.network, "hosts")  # type: ignore[call-overload]
+        if (network := self.network) is not None:
+            wanted = "hosts" if isinstance(network, tuple) else ("none", "internet")[network]
             if wanted not in limits.network:
                 raise NotEnforceable(
-                    f"network={self.network!r} can't be had from {backend.name}, which gives: "
+                    f"network={network!r} can't be had from {backend.name}, which gives: "
                     f"{', '.join(limits.network)}. Leave it out, or choose another backend."
                 )
-        return replace(self, **dropped), notes  # type: ignore[arg-type]
+        return replace(self, **dropped), notes

@@ -36,7 +36,9 @@ class Session:
         Raises:
             BackendUnavailable: it doesn't, with the commands that mend it.
             NotEnforceable: it can't do what the step asks for.
+            InvalidParameter: `env` names a variable that isn't set.
         """
+        request.variables()
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
         self.backends[step] = backend.name

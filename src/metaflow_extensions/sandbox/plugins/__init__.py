@@ -1,4 +1,4 @@
-"""What Metaflow registers. Loaded on the host and inside every sandbox: stdlib and metaflow only."""
+"""What Metaflow registers. Loaded on the host and in every sandbox: stdlib and metaflow only."""
 
 STEP_DECORATORS_DESC = [
     ("sandbox", ".decorators.SandboxDecorator"),

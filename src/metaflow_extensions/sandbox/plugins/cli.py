@@ -1,17 +1,20 @@
 """`flow.py sandbox step`: the launcher of one attempt, started by Metaflow's scheduler."""
 
+from __future__ import annotations
+
 import sys
+from typing import Any
 
 from metaflow._vendor import click
 
 
 @click.group()
-def cli():
+def cli() -> None:
     pass
 
 
 @cli.group(help="Commands related to sandboxes.")
-def sandbox():
+def sandbox() -> None:
     pass
 
 
@@ -36,7 +39,7 @@ def sandbox():
 @click.option("--max-user-code-retries", type=int, default=0)
 @click.option("--ubf-context", default=None)
 @click.pass_context
-def step(ctx, **options):
+def step(ctx: Any, **options: Any) -> None:
     from metaflow_sandbox.launch.main import launch
 
     sys.exit(launch(ctx, options))

@@ -5,13 +5,19 @@ task. It holds no logic of any backend and imports the host's package only in th
 process that launches: this module is loaded inside every sandbox too.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import TYPE_CHECKING, Any
 
 from metaflow.decorators import StepDecorator
 from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import FEAT_ALWAYS_UPLOAD_CODE_PACKAGE
 
 from .tainted import WORKLOAD, inside_sandbox
+
+if TYPE_CHECKING:
+    from metaflow_sandbox.launch.session import Session
 
 # Commands after which tasks run under Metaflow's local scheduler, which alone
 # puts our launcher in a task's place. Others look at the flow and run nothing.
@@ -64,7 +70,7 @@ class SandboxDecorator(StepDecorator):
     """
 
     name = "sandbox"
-    backend = None  # an alias names its backend here
+    backend: str | None = None  # an alias names its backend here
     defaults = {
         "backend": None,
         "cpu": None,
@@ -87,15 +93,15 @@ class SandboxDecorator(StepDecorator):
 
     # What all sandboxed steps of a run share in the scheduler's process: a
     # `metaflow_sandbox.launch.session.Session`. Metaflow gives its hooks no other place.
-    _session = None
+    _session: Session | None = None
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         # Metaflow calls `init` only where a class itself defines it.
         if "init" not in cls.__dict__:
-            cls.init = SandboxDecorator.init
+            cls.init = SandboxDecorator.init  # type: ignore[method-assign]
 
-    def init(self):
+    def init(self) -> None:
         # Attributes end up in `_graph_info`, which every later task and every
         # viewer reads: keep the values out of it.
         self.env = self.attributes["env"]
@@ -103,11 +109,20 @@ class SandboxDecorator(StepDecorator):
             self.attributes["env"] = sorted(self.env)
         if self.backend and self.attributes["backend"] not in (None, self.backend):
             raise SandboxException(
-                "@%s is the %s backend; backend=%r contradicts it. Use @sandbox(backend=…)."
-                % (self.name, self.backend, self.attributes["backend"])
+                f"@{self.name} is the {self.backend} backend; "
+                f"backend={self.attributes['backend']!r} contradicts it. Use @sandbox(backend=…)."
             )
 
-    def step_init(self, flow, graph, step, decos, environment, flow_datastore, logger):
+    def step_init(
+        self,
+        flow: Any,
+        graph: Any,
+        step: str,
+        decos: list[Any],
+        environment: Any,
+        flow_datastore: Any,
+        logger: Any,
+    ) -> None:
         self.step = step
         self.flow_datastore = flow_datastore
         self.logger = logger
@@ -119,8 +134,8 @@ class SandboxDecorator(StepDecorator):
         self._refuse_companions(graph[step], decos, environment)
         if self.env is not None and not self.statically_defined:
             raise SandboxException(
-                "@%s on step *%s*: `env` can't be given by --with, since command lines are "
-                "visible to every user of the machine. Write it in the flow." % (self.name, step)
+                f"@{self.name} on step *{step}*: `env` can't be given by --with, since command "
+                "lines are visible to every user of the machine. Write it in the flow."
             )
         from metaflow_sandbox.errors import SandboxError
         from metaflow_sandbox.launch.request import Request
@@ -130,9 +145,9 @@ class SandboxDecorator(StepDecorator):
             if self.request.backend and self.system_ctx.is_launch:
                 self.request.check()
         except SandboxError as e:
-            raise SandboxException("@%s on step *%s*: %s" % (self.name, step, e)) from None
+            raise SandboxException(f"@{self.name} on step *{step}*: {e}") from None
 
-    def _refuse_deployers(self):
+    def _refuse_deployers(self) -> None:
         from metaflow._vendor import click
 
         context = click.get_current_context(silent=True)
@@ -145,12 +160,12 @@ class SandboxDecorator(StepDecorator):
             deployers = {d.TYPE for d in DEPLOYER_IMPL_PROVIDERS}
             if command in deployers | {"argo-workflows", "step-functions", "airflow"}:
                 raise SandboxException(
-                    "`%s` would run step *%s* outside of any sandbox, since it starts tasks "
-                    "without Metaflow's scheduler. Run the flow with `run`, or take @%s off."
-                    % (command, self.step, self.name)
+                    f"`{command}` would run step *{self.step}* outside of any sandbox, since it "
+                    "starts tasks without Metaflow's scheduler. Run the flow with `run`, or take "
+                    f"@{self.name} off."
                 )
 
-    def _refuse_companions(self, node, decos, environment):
+    def _refuse_companions(self, node: Any, decos: list[Any], environment: Any) -> None:
         from metaflow.plugins import get_trampoline_cli_names
 
         compute = {"batch", "kubernetes"} | set(get_trampoline_cli_names())
@@ -158,30 +173,30 @@ class SandboxDecorator(StepDecorator):
             if deco is self:
                 continue
             if isinstance(deco, SandboxDecorator) or deco.name in compute:
+                one, other = sorted((self.name, deco.name))
                 raise SandboxException(
-                    "Step *%s* has both @%s and @%s, and can run in only one place. "
-                    "Take one of them off (a --with adds a decorator to every step)."
-                    % (self.step, *sorted((self.name, deco.name)))
+                    f"Step *{self.step}* has both @{one} and @{other}, and can run in only one "
+                    "place. Take one of them off (a --with adds a decorator to every step)."
                 )
             if deco.name == "secrets":
                 raise SandboxException(
-                    "Step *%s* has @secrets, which would need your cloud credentials inside the "
-                    'sandbox. Pass the values by name instead: @%s(env=["NAME"]).'
-                    % (self.step, self.name)
+                    f"Step *{self.step}* has @secrets, which would need your cloud credentials "
+                    "inside the sandbox. Pass the values by name instead: "
+                    f'@{self.name}(env=["NAME"]).'
                 )
         if node.parallel_step or node.parallel_foreach:
             raise SandboxException(
-                "Step *%s* takes part in a `num_parallel` split, whose tasks talk to each other: "
-                "sandboxes can't. Use foreach, or take @%s off." % (self.step, self.name)
+                f"Step *{self.step}* takes part in a `num_parallel` split, whose tasks talk to "
+                f"each other: sandboxes can't. Use foreach, or take @{self.name} off."
             )
         if environment.TYPE != "local":
             raise SandboxException(
-                "--environment=%s is not supported for sandboxed steps yet: step *%s* would not "
-                "get its packages. Install them where you start the flow, and run without "
-                "--environment." % (environment.TYPE, self.step)
+                f"--environment={environment.TYPE} is not supported for sandboxed steps yet: step "
+                f"*{self.step}* would not get its packages. Install them where you start the flow, "
+                "and run without --environment."
             )
 
-    def runtime_init(self, flow, graph, package, run_id):
+    def runtime_init(self, flow: Any, graph: Any, package: Any, run_id: str) -> None:
         from metaflow_sandbox.errors import SandboxError
         from metaflow_sandbox.launch.session import Session
 
@@ -197,12 +212,18 @@ class SandboxDecorator(StepDecorator):
             SandboxDecorator._session.admit(self.step, self.request, self.logger)
         except SandboxError as e:
             SandboxDecorator._end_session()
-            raise SandboxException("@%s on step *%s*: %s" % (self.name, self.step, e)) from None
+            raise SandboxException(f"@{self.name} on step *{self.step}*: {e}") from None
 
     def runtime_task_created(
-        self, task_datastore, task_id, split_index, input_paths, is_cloned, ubf_context
-    ):
-        session = SandboxDecorator._session
+        self,
+        task_datastore: Any,
+        task_id: str,
+        split_index: int | None,
+        input_paths: list[str],
+        is_cloned: bool,
+        ubf_context: Any,
+    ) -> None:
+        session = self._run_session
         if is_cloned or session.package is not None:
             return
         if FEAT_ALWAYS_UPLOAD_CODE_PACKAGE:
@@ -211,44 +232,52 @@ class SandboxDecorator(StepDecorator):
             url, sha = self.flow_datastore.save_data([self.package.blob], len_hint=1)[0]
         session.package = (self.package.package_metadata, sha, url)
 
-    def runtime_step_cli(self, cli_args, retry_count, max_user_code_retries, ubf_context):
+    def runtime_step_cli(
+        self, cli_args: Any, retry_count: int, max_user_code_retries: int, ubf_context: Any
+    ) -> None:
         if retry_count > max_user_code_retries:
             return  # the fallback of @catch runs none of the user's code
-        session = SandboxDecorator._session
+        session = self._run_session
         cli_args.commands = ["sandbox", "step"]
         cli_args.command_args.extend(session.package)
         cli_args.command_options["backend"] = session.backends[self.step]
         cli_args.command_options["workspace"] = str(session.workspace.path)
         cli_args.entrypoint[0] = sys.executable
 
-    def runtime_finished(self, exception):
+    def runtime_finished(self, exception: Any) -> None:
         SandboxDecorator._end_session()
 
+    @property
+    def _run_session(self) -> Session:
+        if SandboxDecorator._session is None:
+            raise SandboxException(f"@{self.name} on step *{self.step}*: no run has begun.")
+        return SandboxDecorator._session
+
     @staticmethod
-    def _end_session():
+    def _end_session() -> None:
         session, SandboxDecorator._session = SandboxDecorator._session, None
         if session is not None:
             session.close()
 
     def task_pre_step(
         self,
-        step_name,
-        task_datastore,
-        metadata,
-        run_id,
-        task_id,
-        flow,
-        graph,
-        retry_count,
-        max_user_code_retries,
-        ubf_context,
-        inputs,
-    ):
+        step_name: str,
+        task_datastore: Any,
+        metadata: Any,
+        run_id: str,
+        task_id: str,
+        flow: Any,
+        graph: Any,
+        retry_count: int,
+        max_user_code_retries: int,
+        ubf_context: Any,
+        inputs: Any,
+    ) -> None:
         if not inside_sandbox() and retry_count <= max_user_code_retries:
             raise SandboxException(
-                "Step *%s* has @%s and was about to run outside of any sandbox (%s is not set). "
-                "Start the flow with `run` under Metaflow's own scheduler."
-                % (step_name, self.name, WORKLOAD)
+                f"Step *{step_name}* has @{self.name} and was about to run outside of any sandbox "
+                f"({WORKLOAD} is not set). Start the flow with `run` under Metaflow's own "
+                "scheduler."
             )
 
 

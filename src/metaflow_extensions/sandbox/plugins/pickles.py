@@ -13,7 +13,11 @@ Names that a pickle may use are the keys of `CONSTRUCTORS`; each has a function
 that checks its arguments and makes the value. Protocols 2 to 5 are read.
 """
 
+from __future__ import annotations
+
 import struct
+from collections.abc import Callable
+from typing import Any
 
 from metaflow.exception import MetaflowExceptionWrapper
 
@@ -21,7 +25,7 @@ from metaflow.exception import MetaflowExceptionWrapper
 class Refused(Exception):
     """The pickle is not plain data. `name` is what it asks for, if it names something."""
 
-    def __init__(self, reason, name=None):
+    def __init__(self, reason: str, name: str | None = None) -> None:
         super().__init__(reason)
         self.name = name
 
@@ -31,7 +35,7 @@ class _Name:
 
     __slots__ = ("text",)
 
-    def __init__(self, text):
+    def __init__(self, text: str) -> None:
         self.text = text
 
 
@@ -39,35 +43,35 @@ _MARK = object()
 #: Bytes of containers that one pickle may make. An empty set takes 216 bytes and
 #: one byte of pickle, so a small file could otherwise fill the host's memory.
 MEMORY = 4 << 30
-_SIZES = {list: 56, dict: 64, set: 216}
+_SIZES: dict[type, int] = {list: 56, dict: 64, set: 216}
 _EXCEPTION_FIELDS = {"exception", "type", "stacktrace"}
 
 
-def _only(args, *types):
+def _only(args: tuple[Any, ...], *types: type) -> tuple[Any, ...]:
     if len(args) != len(types) or any(type(a) is not t for a, t in zip(args, types)):
         raise Refused("a constructor has arguments that it is never pickled with")
     return args
 
 
-def _bytearray(args):
+def _bytearray(args: tuple[Any, ...]) -> bytearray:
     return bytearray(_only(args, bytes)[0]) if args else bytearray()
 
 
-def _complex(args):
+def _complex(args: tuple[Any, ...]) -> complex:
     return complex(*_only(args, float, float))
 
 
-def _range(args):
+def _range(args: tuple[Any, ...]) -> range:
     return range(*_only(args, int, int, int))
 
 
-def _slice(args):
+def _slice(args: tuple[Any, ...]) -> slice:
     if len(args) != 3 or any(type(a) not in (int, type(None)) for a in args):
         raise Refused("a slice of something other than integers")
     return slice(*args)
 
 
-def _caught_exception(args):
+def _caught_exception(args: tuple[Any, ...]) -> MetaflowExceptionWrapper:
     # What @catch leaves, and what every failed task has: three strings.
     _only(args, type(None))
     wrapper = MetaflowExceptionWrapper()
@@ -76,7 +80,7 @@ def _caught_exception(args):
 
 
 #: What a pickle may call, by the name it uses.
-CONSTRUCTORS = {
+CONSTRUCTORS: dict[str, Callable[[tuple[Any, ...]], object]] = {
     "builtins.bytearray": _bytearray,
     "builtins.complex": _complex,
     "builtins.range": _range,
@@ -88,11 +92,11 @@ CONSTRUCTORS = {
 class _Reader:
     """Bounds-checked reading of a pickle's bytes."""
 
-    def __init__(self, data):
+    def __init__(self, data: bytes) -> None:
         self.data = data
         self.at = 0
 
-    def take(self, count):
+    def take(self, count: int) -> bytes:
         end = self.at + count
         if count < 0 or end > len(self.data):
             raise Refused("the pickle is cut short")
@@ -100,10 +104,10 @@ class _Reader:
         self.at = end
         return taken
 
-    def number(self, form):
+    def number(self, form: str) -> Any:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
-    def line(self):
+    def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + 1000)
         if end < 0:
             raise Refused("the pickle is cut short")
@@ -115,16 +119,16 @@ class _Reader:
 class _Machine:
     """The stack machine. One method an opcode, found in `_OPCODES`."""
 
-    def __init__(self, data):
+    def __init__(self, data: bytes) -> None:
         self.reader = _Reader(data)
-        self.stack = []
-        self.memo = []
+        self.stack: list[Any] = []
+        self.memo: list[Any] = []
         self.memory = MEMORY
         # A pickle holds the content of each of its byte arrays: more means that
         # it copies one of them over and over.
         self.copied = len(data)
 
-    def run(self):
+    def run(self) -> Any:
         reader, opcodes = self.reader, _OPCODES
         while True:
             code = reader.take(1)[0]
@@ -132,7 +136,7 @@ class _Machine:
                 break
             handler = opcodes.get(code)
             if handler is None:
-                raise Refused("the pickle uses opcode 0x%02x, which plain data never needs" % code)
+                raise Refused(f"the pickle uses opcode 0x{code:02x}, which plain data never needs")
             handler(self)
         if len(self.stack) != 1 or reader.at != len(reader.data):
             raise Refused("the pickle goes on after its end")
@@ -140,23 +144,23 @@ class _Machine:
 
     # -- helpers
 
-    def _value(self, item):
+    def _value(self, item: Any) -> Any:
         """An item that may become part of data: no mark, no bare name."""
         if type(item) is _Name:
-            raise Refused("the pickle refers to `%s`" % item.text, item.text)
+            raise Refused(f"the pickle refers to `{item.text}`", item.text)
         if item is _MARK:
             raise Refused("the pickle's stack is out of order")
         return item
 
-    def _pop(self):
+    def _pop(self) -> Any:
         if not self.stack:
             raise Refused("the pickle's stack is out of order")
         return self.stack.pop()
 
-    def _pop_values(self, count):
+    def _pop_values(self, count: int) -> list[Any]:
         return [self._value(self._pop()) for _ in range(count)][::-1]
 
-    def _pop_to_mark(self):
+    def _pop_to_mark(self) -> list[Any]:
         stack = self.stack
         for i in range(len(stack) - 1, -1, -1):
             if stack[i] is _MARK:
@@ -165,54 +169,54 @@ class _Machine:
                 return items
         raise Refused("the pickle's stack is out of order")
 
-    def _top(self, kind):
+    def _top(self, kind: type) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
             raise Refused("the pickle changes something that it did not make")
         return self.stack[-1]
 
     # -- atoms
 
-    def proto(self):
+    def proto(self) -> None:
         if not 2 <= self.reader.number("<B") <= 5:
             raise Refused("the pickle's protocol is not one of 2 to 5")
 
-    def frame(self):
+    def frame(self) -> None:
         self.reader.take(8)  # a hint for file readers; the bytes are here anyway
 
-    def push(self, value):
+    def push(self, value: object) -> None:
         self.stack.append(value)
 
-    def long(self, form):
+    def long(self, form: str) -> None:
         count = self.reader.number(form)
         self.push(int.from_bytes(self.reader.take(count), "little", signed=True))
 
-    def text(self, form):
+    def text(self, form: str) -> None:
         raw = self.reader.take(self.reader.number(form))
         try:
             self.push(raw.decode("utf-8", "surrogatepass"))
         except UnicodeDecodeError:
             raise Refused("the pickle has a string that is not UTF-8") from None
 
-    def raw(self, form, kind=bytes):
+    def raw(self, form: str, kind: type[bytes | bytearray] = bytes) -> None:
         self.push(kind(self.reader.take(self.reader.number(form))))
 
     # -- containers
 
-    def make(self, kind):
+    def make(self, kind: type) -> None:
         self.memory -= _SIZES[kind]
         if self.memory < 0:
-            raise Refused("the pickle expands to more than %d GB" % (MEMORY >> 30))
+            raise Refused(f"the pickle expands to more than {MEMORY >> 30} GB")
         self.push(kind())
 
-    def append(self):
+    def append(self) -> None:
         (value,) = self._pop_values(1)
         self._top(list).append(value)
 
-    def appends(self):
+    def appends(self) -> None:
         values = self._pop_to_mark()
         self._top(list).extend(values)
 
-    def _set_items(self, pairs):
+    def _set_items(self, pairs: list[Any]) -> None:
         target = self._top(dict)
         if len(pairs) % 2:
             raise Refused("the pickle has a dictionary with half an item")
@@ -222,20 +226,20 @@ class _Machine:
         except TypeError:
             raise Refused("the pickle has a dictionary key that can't be one") from None
 
-    def setitem(self):
+    def setitem(self) -> None:
         self._set_items(self._pop_values(2))
 
-    def setitems(self):
+    def setitems(self) -> None:
         self._set_items(self._pop_to_mark())
 
-    def additems(self):
+    def additems(self) -> None:
         values = self._pop_to_mark()
         try:
             self._top(set).update(values)
         except TypeError:
             raise Refused("the pickle has a set member that can't be one") from None
 
-    def frozenset(self):
+    def frozenset(self) -> None:
         values = self._pop_to_mark()
         try:
             self.push(frozenset(values))
@@ -244,17 +248,17 @@ class _Machine:
 
     # -- memo: a list, since pickle numbers its entries from 0 without gaps
 
-    def memoize(self):
+    def memoize(self) -> None:
         if not self.stack or self.stack[-1] is _MARK:
             raise Refused("the pickle's stack is out of order")
         self.memo.append(self.stack[-1])
 
-    def put(self, form):
+    def put(self, form: str) -> None:
         if self.reader.number(form) != len(self.memo):
             raise Refused("the pickle numbers its memo out of order")
         self.memoize()
 
-    def get(self, form):
+    def get(self, form: str) -> None:
         index = self.reader.number(form)
         if index >= len(self.memo):
             raise Refused("the pickle refers to something that it did not make")
@@ -262,23 +266,23 @@ class _Machine:
 
     # -- names
 
-    def _name(self, module, name):
-        text = "%s.%s" % (module, name)
+    def _name(self, module: str, name: str) -> None:
+        text = f"{module}.{name}"
         if text not in CONSTRUCTORS:
-            raise Refused("the pickle refers to `%s`" % text[:200], text[:200])
+            raise Refused(f"the pickle refers to `{text[:200]}`", text[:200])
         self.push(_Name(text))
 
-    def stack_global(self):
+    def stack_global(self) -> None:
         name, module = self._pop(), self._pop()
         if type(name) is not str or type(module) is not str:
             raise Refused("the pickle names something by what is no name")
         self._name(module, name)
 
-    def global_(self):
+    def global_(self) -> None:
         module = self.reader.line()
         self._name(module, self.reader.line())
 
-    def reduce(self):
+    def reduce(self) -> None:
         (args,) = self._pop_values(1)
         callee = self._pop()
         if type(callee) is not _Name or type(args) is not tuple:
@@ -293,7 +297,7 @@ class _Machine:
         except (TypeError, ValueError):
             raise Refused("a constructor has arguments that it is never pickled with") from None
 
-    def build(self):
+    def build(self) -> None:
         (state,) = self._pop_values(1)
         target = self._top(MetaflowExceptionWrapper)
         if type(state) is not dict or not _EXCEPTION_FIELDS.issuperset(state):
@@ -303,7 +307,7 @@ class _Machine:
         target.__dict__.update(state)
 
 
-_OPCODES = {
+_OPCODES: dict[int, Callable[[_Machine], object]] = {
     0x80: _Machine.proto,
     0x95: _Machine.frame,
     ord("("): lambda m: m.push(_MARK),
@@ -351,7 +355,7 @@ _OPCODES = {
 }
 
 
-def load_data(data):
+def load_data(data: bytes) -> Any:
     """The plain data that a pickle describes.
 
     Builtin containers, numbers, strings and bytes, and the exceptions that

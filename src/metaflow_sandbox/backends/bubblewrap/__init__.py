@@ -196,7 +196,7 @@ class BubblewrapSandbox(Sandbox):
             errors = keep(os.memfd_create("errors"))
             # Spawned from this thread, not from a worker: --die-with-parent follows
             # the thread, and this one lives as long as the event loop.
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220
                 [self.program, "--args", str(args), "--", sys.executable, "-I", "-S",
                  "/run/box.py", str(box_socket), *([str(uid)] if as_root else [])],
                 pass_fds=[args, filter_fd, info_write, block_read, box_socket, *files.values()],
@@ -209,7 +209,7 @@ class BubblewrapSandbox(Sandbox):
         with anyio.fail_after(_START_SECONDS):
             await self._open_init(info, errors)
             if spec.memory:
-                self._limit(spec.memory)
+                self._limit(spec.memory, self._process.pid)
             os.write(block, b"1")
             await self._answered(errors)
         record = {"labels": dict(spec.labels), "pid": self._process.pid}
@@ -227,11 +227,10 @@ class BubblewrapSandbox(Sandbox):
         self._cleanup.callback(os.close, self._init)
         self._init_pid = json.loads(text)["child-pid"]
 
-    def _limit(self, megabytes: int) -> None:
-        assert self._process is not None
+    def _limit(self, megabytes: int, pid: int) -> None:
         try:
             self._group = cgroup.limit_memory(f"metaflow-sandbox-{self.id}", megabytes)
-            self._group.add(self._process.pid)
+            self._group.add(pid)
             self._group.add(self._init_pid)
         except OSError as e:
             raise SandboxError(
@@ -245,10 +244,10 @@ class BubblewrapSandbox(Sandbox):
 
     def _said(self, errors: int) -> str:
         """What bubblewrap printed before it gave up."""
-        assert self._process is not None
         os.lseek(errors, 0, os.SEEK_SET)
         text = os.read(errors, 4096).decode(errors="replace").strip()
-        return text or f"it ended with exit code {self._process.poll()} and said nothing"
+        code = self._process.poll() if self._process is not None else None
+        return text or f"it ended with exit code {code} and said nothing"
 
     # --- operations
 

@@ -13,7 +13,10 @@ Until UID is taken this runs with the right to change its user; nothing of the
 step's runs before. Standard library only; it trusts the host and nobody trusts it.
 """
 
+from __future__ import annotations
+
 import array
+import contextlib
 import ctypes
 import errno
 import json
@@ -25,6 +28,11 @@ import socket
 import stat
 import sys
 
+TYPE_CHECKING = False  # as type checkers know it, without the milliseconds of importing `typing`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 4, 24, 36, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 CAPABILITY_VERSION_3 = 0x20080522
@@ -32,11 +40,11 @@ MESSAGE = 60_000
 LAST_CAPABILITY = 63
 
 
-def prctl(option, value):
-    return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+def prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def drop_privileges(uid):
+def drop_privileges(uid: int) -> None:
     """Becomes `uid` for good, with no capability left to come back by."""
     for capability in range(LAST_CAPABILITY + 1):
         prctl(PR_CAPBSET_DROP, capability)
@@ -50,16 +58,16 @@ def drop_privileges(uid):
         status = dict(line.split(":", 1) for line in f if ":" in line)
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         if int(status[name], 16) != 0:
-            raise SystemExit("capabilities are left: %s" % name)
+            raise SystemExit(f"capabilities are left: {name}")
 
 
-def children_of(root):
+def children_of(root: int) -> set[int]:
     """Process ids below `root`, by /proc."""
-    parents = {}
+    parents: dict[int, int] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                with open("/proc/%s/stat" % name, "rb") as f:
+                with open(f"/proc/{name}/stat", "rb") as f:
                     parents[int(name)] = int(f.read().rpartition(b")")[2].split()[1])
             except OSError:
                 continue
@@ -71,25 +79,21 @@ def children_of(root):
         found |= more
 
 
-def end_tree():
+def end_tree() -> None:
     """Ends every process below this one. Daemons too: it is their subreaper."""
     while True:
         left = children_of(os.getpid())
         if not left:
             return
         for pid in left:
-            try:
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
-        try:
+        with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            pass
 
 
-def run_command(request, line, out, err):
+def run_command(request: dict[str, Any], line: socket.socket, out: int, err: int) -> int:
     """Runs a command to its end, or until the host hangs up. Returns its exit code."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     woken, wake = os.pipe()
@@ -112,7 +116,7 @@ def run_command(request, line, out, err):
             os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
         except OSError as e:
             code = 127 if isinstance(e, FileNotFoundError) else 126
-            os.write(2, ("%s: %s\n" % (request["argv"][0], e.strerror)).encode())
+            os.write(2, f"{request['argv'][0]}: {e.strerror}\n".encode())
         finally:
             os._exit(code)
     os.close(out)
@@ -139,13 +143,13 @@ def run_command(request, line, out, err):
             return 255
 
 
-def copy(source, target):
+def copy(source: int, target: int) -> int:
     with os.fdopen(source, "rb") as a, os.fdopen(target, "wb") as b:
         shutil.copyfileobj(a, b, 1 << 20)
     return 0
 
 
-def read_file(request, _line, out):
+def read_file(request: dict[str, Any], _line: socket.socket, out: int) -> int:
     fd = os.open(request["path"], os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
@@ -153,16 +157,17 @@ def read_file(request, _line, out):
     return copy(fd, out)
 
 
-def write_file(request, _line, source):
+def write_file(request: dict[str, Any], _line: socket.socket, source: int) -> int:
     path = request["path"]
     os.makedirs(os.path.dirname(path), exist_ok=True)
     return copy(source, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
 
 
+OPERATIONS: dict[str, Callable[..., int]]
 OPERATIONS = {"exec": run_command, "read": read_file, "write": write_file}
 
 
-def receive(control):
+def receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """One request: its JSON object and its descriptors, the operation's line first."""
     fds = array.array("i")
     data, ancillary, _, _ = control.recvmsg(MESSAGE, socket.CMSG_SPACE(8 * fds.itemsize))
@@ -172,7 +177,7 @@ def receive(control):
     return json.loads(data) if data else None, list(fds)
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     control = socket.socket(fileno=int(argv[0]))
     if len(argv) > 1:
         drop_privileges(int(argv[1]))
@@ -196,11 +201,9 @@ def main(argv):
                 os._exit(0)
         for fd in fds:
             os.close(fd)
-        try:
+        with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:
-            pass
 
 
 main(sys.argv[1:])

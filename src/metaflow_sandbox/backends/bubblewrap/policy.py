@@ -147,8 +147,8 @@ def options(
     # are read-only already.
     o.add("--ro-bind", "/proc/sys", "/proc/sys")
 
-    o.scratch("/tmp", disk / 8)  # noqa: S108 - inside the sandbox
-    o.scratch("/dev/shm", disk / 8)  # noqa: S108
+    o.scratch("/tmp", disk / 8)
+    o.scratch("/dev/shm", disk / 8)
     o.scratch(WORK, disk * 3 / 4)
     # After the tmpfs mounts, which would hide an environment below /tmp.
     for tree in trees:
@@ -156,8 +156,8 @@ def options(
             o.bind(tree, tree)
     for target, source in mounts.items():
         o.bind(source, target)
-    for path, fd in files.items():
-        o.data(fd, path)
+    for target, fd in files.items():
+        o.data(fd, target)
     for name, value in environment.items():
         o.add("--setenv", name, value)
     # /dev and / are tmpfs too, without a size: nothing may be written there.

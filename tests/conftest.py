@@ -1,0 +1,134 @@
+"""Runs real flows in directories of their own and looks at what they left, as a user would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+THIRD_PARTY = Path(__file__).parent / "third_party"
+FLOW_SECONDS = 240
+
+
+@dataclass
+class Finished:
+    """A flow's process that ended."""
+
+    code: int
+    output: str
+
+    def ok(self):
+        assert self.code == 0, self.output
+        return self
+
+
+class Project:
+    """A user's directory with flows in it, a home and a temporary directory of its own."""
+
+    def __init__(self, root):
+        self.directory = root / "project"
+        self.temporary = root / "tmp"
+        for path in (self.directory, self.temporary, root / "home"):
+            path.mkdir()
+        kept = {k: os.environ[k] for k in ("PATH", "LANG") if k in os.environ}
+        self.environment = {
+            **kept,
+            "HOME": str(root / "home"),
+            "TMPDIR": str(self.temporary),
+            "METAFLOW_USER": "tester",
+            "PYTHONPATH": str(THIRD_PARTY),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    def write(self, name, source):
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+        return path
+
+    def start(self, name, *arguments, env=None):
+        """Starts a flow and gives its process, for tests that end it."""
+        return subprocess.Popen(
+            [sys.executable, name, "--no-pylint", *arguments],
+            cwd=self.directory,
+            env={**self.environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def run(self, name, *arguments, env=None):
+        """Runs a flow to its end."""
+        process = self.start(name, *arguments, env=env)
+        try:
+            output, _ = process.communicate(timeout=FLOW_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            pytest.fail("the flow hangs:\n" + output.decode(errors="replace")[-5000:])
+        return Finished(process.returncode, output.decode(errors="replace"))
+
+    def client(self, source, env=None):
+        """Runs a script with Metaflow's client; it leaves its answer in `answer`."""
+        script = (
+            "import json\nfrom metaflow import *\nnamespace(None)\n"
+            + textwrap.dedent(source)
+            + "\nprint('ANSWER' + json.dumps(answer))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=self.directory,
+            env={**self.environment, **(env or {})},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.rpartition("ANSWER")[2])
+
+    # --- what must not be left
+
+    def leases(self):
+        base = self.temporary / f"metaflow-sandbox-{os.getuid()}"
+        return sorted(p.name for p in base.iterdir()) if base.exists() else []
+
+    def processes(self):
+        """Processes on this machine that belong to this project: by their variables or files."""
+        mark = str(self.temporary.parent).encode()
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                about = (path / "environ").read_bytes() + (path / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if mark in about and int(path.name) != os.getpid():
+                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        return found
+
+    def groups(self):
+        return [str(p) for p in Path("/sys/fs/cgroup").glob("**/metaflow-sandbox-*")]
+
+    def assert_nothing_left(self, seconds=10.0):
+        """No sandbox, process, control group or temporary file is there any more."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            left = self.leases() + self.processes()
+            if not left:
+                break
+            time.sleep(0.1)
+        assert left == []
+        others = [p for p in self.temporary.iterdir() if not p.name.startswith("metaflow-sandbox-")]
+        assert others == []
+
+
+@pytest.fixture
+def project(tmp_path):
+    made = Project(tmp_path)
+    yield made
+    made.assert_nothing_left()
