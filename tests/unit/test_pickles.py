@@ -2,10 +2,11 @@
 
 import builtins
 import contextlib
+import faulthandler
 import os
 import pickle
 import pickletools
-import select
+import resource
 import signal
 import struct
 import sys
@@ -20,7 +21,7 @@ from metaflow.exception import MetaflowExceptionWrapper
 
 from metaflow_extensions.sandbox.plugins import pickles
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
-from metaflow_extensions.sandbox.plugins.tainted import ENCODING, ArtifactRefused, TaintedPickle
+from metaflow_extensions.sandbox.plugins.tainted import MARK, ArtifactRefused, TaintedPickle
 
 PROTOCOLS = (2, 3, 4, 5)
 #: What pickle itself writes by name, and is not read. (Protocols 4 and 5 have opcodes for these.)
@@ -57,13 +58,6 @@ leaves = st.one_of(
     st.builds(range, st.integers(), st.integers(), st.integers().filter(bool)),
     st.builds(slice, bound, bound, bound),
 )
-
-
-class Plain:
-    """A mutable container whose content is drawn once all the others exist."""
-
-    def __init__(self, value, fill):
-        self.value, self.fill = value, fill
 
 
 @st.composite
@@ -174,7 +168,7 @@ SPECIAL = {
     "many strings": [str(i) for i in range(3000)] * 2,
     "many items": {i: [i] for i in range(3000)},
     "many members": [set(range(2500)), frozenset(range(2500))],
-    "many memos": [[i] for i in range(70_000)],
+    "many memos": [[] for _ in range(70_000)],
     "long tuple": tuple(range(1000)),
     "long text": "ä" * 100_000,
     "long bytes": b"x" * 200_000,
@@ -185,7 +179,7 @@ SPECIAL = {
     "nan": [float("nan"), float("inf"), -0.0, complex(float("nan"), -0.0)],
     "empty": [(), [], {}, "", b"", set(), frozenset(), bytearray()],
 }
-for _ in range(500):
+for _ in range(200):
     SPECIAL["deep list"] = [SPECIAL["deep list"]]
 
 
@@ -269,7 +263,9 @@ HOSTILE = {
     # a call of something of the host's, in every way that pickle has
     "GLOBAL, REDUCE": OS_SYSTEM + COMMAND + b"\x85R",
     "STACK_GLOBAL, REDUCE": b"\x8c\x02os\x8c\x06system\x93" + COMMAND + b"\x85R",
-    "STACK_GLOBAL by memo": b"\x8c\x02os\x940\x8c\x06system\x940h\x00h\x01\x93" + COMMAND + b"\x85R",
+    "STACK_GLOBAL by memo": b"\x8c\x02os\x940\x8c\x06system\x940h\x00h\x01\x93"
+    + COMMAND
+    + b"\x85R",
     "INST": b"(" + COMMAND + b"ios\nsystem\n",
     "OBJ": b"(" + OS_SYSTEM + COMMAND + b"o",
     "NEWOBJ": OS_SYSTEM + COMMAND + b"\x85\x81",
@@ -467,16 +463,23 @@ COUNTED_BOMBS = {
     "sets in a list": b"](" + b"\x8f" * COUNT + b"e",
     "sets made and dropped": b"\x8f0" * COUNT + b"N",
 }
-UNCOUNTED_BOMBS = {
-    "frozensets": b"(\x91" * COUNT,
-    "tuples": b"N\x85" * COUNT,
-    "nested tuples": b"N" + b"\x85" * COUNT,
-    "dicts of one item": b"}NNs" * (COUNT // 8),
-    "sets of some members": b"\x8f(K\x00K\x01K\x02K\x03K\x04\x90" * (COUNT // 40),
-    "exceptions": b"cmetaflow.exception\nMetaflowExceptionWrapper\n\x94N\x85\x94"
-    + b"h\x00h\x01R" * (COUNT // 4),
-    "bytearrays": b"cbuiltins\nbytearray\n\x94" + b"h\x00)R" * COUNT,
-}
+BUG_COUNT = pytest.mark.xfail(strict=True, reason="BUG: MEMORY doesn't count what names make")
+LARGE_BOMBS = [
+    pytest.param(b"(\x91" * COUNT, id="frozensets"),
+    pytest.param(b"N\x85" * COUNT, id="tuples"),
+    pytest.param(b"N" + b"\x85" * COUNT, id="nested tuples"),
+    pytest.param(b"}NNs" * (COUNT // 8), id="dicts of one item"),
+    pytest.param(b"\x8f(K\x00K\x01K\x02K\x03K\x04\x90" * (COUNT // 10), id="sets of some members"),
+    pytest.param(
+        b"cmetaflow.exception\nMetaflowExceptionWrapper\n\x94N\x85\x94"
+        + b"h\x00h\x01R" * (COUNT // 4),
+        id="exceptions",
+        marks=BUG_COUNT,
+    ),
+    pytest.param(
+        b"cbuiltins\nbytearray\n\x94" + b"h\x00)R" * COUNT, id="bytearrays", marks=BUG_COUNT
+    ),
+]
 
 
 def peak_of(data):
@@ -498,8 +501,7 @@ def test_a_small_pickle_of_many_containers_is_refused_before_it_fills_memory(cod
     assert peak_of(b"\x80\x04" + code + b".") < (2 << 20) + len(code)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: MEMORY counts empty lists, dicts and sets alone")
-@pytest.mark.parametrize("code", UNCOUNTED_BOMBS.values(), ids=UNCOUNTED_BOMBS)
+@pytest.mark.parametrize("code", LARGE_BOMBS)
 def test_no_small_pickle_takes_much_more_than_the_memory_it_may(code, monkeypatch):
     monkeypatch.setattr(pickles, "MEMORY", 1 << 20)
     assert peak_of(b"\x80\x04" + code + b".") < (2 << 20) + len(code)
@@ -527,11 +529,16 @@ def test_one_byte_string_is_not_copied_into_many_byte_arrays():
 
 
 def in_a_child(function, seconds):
-    """What becomes of a call in a process of its own: its result, "hung" or "crashed"."""
+    """What becomes of a call in a process of its own: its result, "hung" or "crashed".
+
+    Seconds are of CPU time, so that a busy machine makes no difference.
+    """
     out, into = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.close(2)  # the interpreter's own report of the crash
+        faulthandler.disable()  # a crash is what we look for
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         try:
             os.write(into, function().encode())
         except BaseException as e:
@@ -539,11 +546,12 @@ def in_a_child(function, seconds):
         finally:
             os._exit(0)
     os.close(into)
-    said = os.read(out, 100).decode() if select.select([out], [], [], seconds)[0] else "hung"
+    said = os.read(out, 100).decode()
     os.close(out)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return said or "crashed"
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return "hung" if os.WTERMSIG(status) == signal.SIGXCPU else "crashed"
+    return said
 
 
 def outcome(data):
@@ -570,34 +578,43 @@ def colliding(count):
     return b"".join(pickle.dumps(modulus * i, 4)[2:-1] for i in range(1, count))
 
 
-def one_wide_key(count):
-    """The same long tuple as the key again and again: it is hashed each time."""
-    return b"(" + b"N" * count + b"t\x940}(" + b"h\x00N" * count + b"u"
+def used_often(key, count):
+    """The same object as the key again and again: it is hashed each time."""
+    return key + b"\x940}(" + b"h\x00N" * count + b"u"
 
 
-BLOW_UPS = {
-    "a key nested too deep to be hashed": (b"}" + nested(1_000_000) + b"Ns", "crashed"),
-    "a set member nested too deep": (b"\x8f(" + nested(1_000_000) + b"\x90", "crashed"),
-    "keys nested too deep to be compared": (
-        b"}" + nested(5000) + b"Ns" + nested(5000) + b"Ns",
-        "RecursionError",
+def compared_often(key, count):
+    """Two equal keys: the second is compared with the first each time."""
+    return b"}" + key + b"Ns" + key + b"\x940(" + b"h\x00N" * count + b"u"
+
+
+SIZE = 4_000_000
+INTEGER = b"\x8b" + struct.pack("<i", SIZE) + b"\x01" * SIZE
+TEXT = b"X" + struct.pack("<I", SIZE) + b"x" * SIZE
+BUG_KEYS = pytest.mark.xfail(strict=True, reason="BUG: keys cost more than is counted")
+BLOW_UPS = [  # each of these crashed or hung an earlier version
+    pytest.param(b"}" + nested(400_000) + b"Ns", id="key nested too deep to be hashed"),
+    pytest.param(b"\x8f(" + nested(400_000) + b"\x90", id="member nested too deep"),
+    pytest.param(
+        b"}" + nested(5000) + b"Ns" + nested(5000) + b"Ns", id="keys nested too deep to be compared"
     ),
-    "a key that is hashed 2**60 times": (b"}" + doubled(60) + b"Ns", "hung"),
-    "keys of one hash": (b"}(" + colliding(30_000).replace(b".", b".") + b"t0N", "hung"),
-    "a wide key a hundred thousand times": (one_wide_key(100_000), "hung"),
-}
-BLOW_UPS["keys of one hash"] = (b"\x8f(" + colliding(60_000) + b"\x90", "hung")
+    pytest.param(b"}" + doubled(60) + b"Ns", id="key that is hashed 2**60 times"),
+    pytest.param(used_often(b"(" + b"N" * 100_000 + b"t", 100_000), id="wide key used often"),
+    pytest.param(b"\x8f(" + colliding(60_000) + b"\x90", id="keys of one hash", marks=BUG_KEYS),
+    pytest.param(used_often(INTEGER, 100_000), id="huge number used often", marks=BUG_KEYS),
+    pytest.param(compared_often(TEXT, 100_000), id="long text used often", marks=BUG_KEYS),
+]
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: hashing and comparing keys has no bound")
-@pytest.mark.parametrize("code", [c for c, _ in BLOW_UPS.values()], ids=BLOW_UPS)
+@pytest.mark.parametrize("code", BLOW_UPS)
 def test_no_pickle_crashes_or_hangs_the_process(code):
-    found = in_a_child(lambda: outcome(b"\x80\x04" + code + b"."), seconds=1.5)
+    # Each of these takes far longer if nothing bounds it.
+    found = in_a_child(lambda: outcome(b"\x80\x04" + code + b"."), seconds=2)
     assert found in ("loaded", "refused")
 
 
 def test_data_nested_without_end_loads_and_is_dropped_again():
-    code = b"\x80\x04" + b"]" * 1_000_000 + b"a" * 999_999 + b"."
+    code = b"\x80\x04" + b"]" * 500_000 + b"a" * 499_999 + b"."
     assert in_a_child(lambda: outcome(code), seconds=15) in ("loaded", "refused")
 
 
@@ -626,7 +643,7 @@ def spied():
             events.append(f"__import__({name})")
             return really(name, *args, **kwargs)
 
-        started = time.monotonic()
+        started = time.process_time()
         _watching.append(events)
         builtins.__import__ = no_import
         try:
@@ -636,7 +653,7 @@ def spied():
             _watching.pop()
             assert events == []
             assert set(sys.modules) == modules
-            assert time.monotonic() - started < 5
+            assert time.process_time() - started < 5
             assert type(range) is type and range.__name__ == "range"
 
     return load
@@ -680,7 +697,7 @@ def edited(data, changes):
     return data
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(value=graphs(), protocol=st.sampled_from(PROTOCOLS), changes=edits)
 def test_a_changed_pickle_is_refused_or_loads_as_pickle_loads_it(value, protocol, changes, spied):
     assert_refused_or_same(edited(pickle.dumps(value, protocol), changes), spied)
@@ -702,13 +719,16 @@ def operands(op):
 
 programs = st.lists(
     st.one_of(
-        [operands(op).map(lambda b, op=op: op.code.encode("latin-1") + b) for op in pickletools.opcodes]
+        [
+            operands(op).map(lambda b, op=op: op.code.encode("latin-1") + b)
+            for op in pickletools.opcodes
+        ]
     ),
     max_size=30,
 ).map(b"".join)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(program=programs, protocol=st.sampled_from(PROTOCOLS))
 def test_a_random_program_is_refused_or_loads_as_pickle_loads_it(program, protocol, spied):
     assert_refused_or_same(b"\x80" + bytes([protocol]) + program + b".", spied)
@@ -731,9 +751,9 @@ def assert_refused_or_same(data, spied):
 # --- what the user is told ------------------------------------------------------------
 
 
-def deserialize(data, **info):
-    details = {"encoding": "pickle-v4", "origin": "F/1/s/2", "artifact": "x", **info}
-    metadata = SerializationMetadata("<class 'list'>", len(data), ENCODING, details)
+def deserialize(data, encoding="pickle-v4"):
+    origin = {"source": "metaflow-sandbox", "origin": "F/1/s/2", "artifact": "x"}
+    metadata = SerializationMetadata("<class 'list'>", len(data), MARK + encoding, origin)
     return TaintedPickle.deserialize([data], metadata)
 
 
@@ -741,7 +761,7 @@ def test_outside_of_a_sandbox_plain_data_loads_and_the_rest_is_refused_with_the_
     assert deserialize(pickle.dumps([1, "x"], 4)) == [1, "x"]
     with pytest.raises(ArtifactRefused, match="os.system") as refused:
         deserialize(b"\x80\x04" + HOSTILE["GLOBAL, REDUCE"] + b".")
-    for words in ("x of F/1/s/2", "plain data", "@sandbox", 'trust="all"'):
+    for words in ("`x` of F/1/s/2", "plain data", "@sandbox", 'trust="all"'):
         assert words in str(refused.value)
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import metaflow  # noqa: F401 - first: it loads the extension, which can't load it half-way
+
 from metaflow_extensions.sandbox.plugins.tainted import MARK, tainted
 
 from ..errors import Rejected
@@ -78,11 +80,11 @@ def decide(
     for name, sha in results.objects.items():
         if name in known or name in INTERNAL:
             continue
+        if name in FORBIDDEN:
+            raise Rejected(f"the artifact {name} steers Metaflow's scheduler")
         if sha in inherited:
             objects[name], info[name] = sha, inherited[sha]
             continue
-        if name in FORBIDDEN:
-            raise Rejected(f"the artifact {name} steers Metaflow's scheduler")
         claimed = results.info[name]
         record = _claimed(claimed) if trust == "all" else _tainted(claimed, name, origin)
         objects[name], info[name] = sha, record

@@ -119,6 +119,20 @@ class Delivered:
             raise Rejected(f"{name} has values that are not short strings")
         return value
 
+    def transition(
+        self, targets: list[str], foreach: str | None
+    ) -> tuple[list[str], str | None] | None:
+        """The only transition that the graph allows, or None if the step made none.
+
+        None makes Metaflow's scheduler say that `self.next` was not called.
+        """
+        value = self.get("_transition")
+        if value is _ABSENT or value is None:
+            return None
+        if value != (targets, foreach):
+            raise Rejected("the step's self.next goes where the flow doesn't")
+        return targets, foreach
+
     def chosen(self, targets: list[str]) -> str:
         """The step that a switch chose, out of those that the graph allows."""
         value = self.get("_transition")
@@ -157,11 +171,11 @@ def admit(position: Position, delivered: Delivered) -> dict[str, Any]:
         values["_foreach_num_splits"] = count
         values["_foreach_values"] = delivered.texts("_foreach_values", count)
         values["_foreach_var"] = node.foreach_param
-        values["_transition"] = (list(node.out_funcs), node.foreach_param)
+        values["_transition"] = delivered.transition(list(node.out_funcs), node.foreach_param)
     elif node.type == "split-switch":
         values["_transition"] = ([delivered.chosen(list(node.out_funcs))], None)
     elif node.out_funcs:
-        values["_transition"] = (list(node.out_funcs), None)
+        values["_transition"] = delivered.transition(list(node.out_funcs), None)
     return values
 
 

@@ -31,7 +31,6 @@ import base64
 import binascii
 import contextlib
 import ctypes
-import errno
 import json
 import os
 import resource
@@ -49,7 +48,7 @@ MAGIC = b"mfs1"
 CHUNK = 32 * 1024  # bytes of output a frame
 SEGMENT_BYTES = 1 << 20
 SPOOL_BYTES = 16 << 20
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 KILL_SECONDS = 5.0  # how long leftovers are hunted before the agent reports
 
 
@@ -127,19 +126,25 @@ class SpoolSink:
             pass
 
 
+def alive(directory: str) -> bool:
+    """Whether the agent that fills a spool still runs; it may be killed by its step."""
+    try:
+        with open(os.path.join(directory, "pid")) as f:
+            os.kill(int(f.read()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def follow(directory: str, seq: int) -> None:
     """Copies frames with a number above `seq` to stdout, until the spool has ended."""
     out = PipeSink(1)
     position = 0  # in the current segment
     current = ""
     while True:
-        ended = os.path.exists(os.path.join(directory, "end"))
-        try:
-            names = sorted(n for n in os.listdir(directory) if n.isdigit())
-        except OSError:
-            names = []
+        ended = os.path.exists(os.path.join(directory, "end")) or not alive(directory)
         progressed = False
-        for name in names:
+        for name in sorted(n for n in os.listdir(directory) if n.isdigit()):
             if name < current:
                 continue
             if name > current:
@@ -148,9 +153,7 @@ def follow(directory: str, seq: int) -> None:
                 with open(os.path.join(directory, name), "rb") as f:
                     f.seek(position)
                     data = f.read()
-            except OSError as e:
-                if e.errno != errno.ENOENT:  # acknowledged and deleted meanwhile
-                    raise
+            except FileNotFoundError:  # acknowledged and deleted meanwhile
                 continue
             data = data[: data.rfind(b"\n") + 1]  # whole frames only
             position += len(data)
@@ -297,10 +300,10 @@ def run_step(job: dict[str, Any], work: str, reporter: Reporter) -> int:
     status: int | None = None
     quiet_at = None  # when the pipes are given up after the end
     while status is None or len(selector.get_map()) > 1:
-        timeout = None if quiet_at is None else max(0.0, quiet_at - time.monotonic())
+        timeout = None if quiet_at is None else quiet_at - time.monotonic()
+        if timeout is not None and timeout <= 0:
+            break  # something survived and holds the pipes; it ends with the sandbox
         events = selector.select(timeout)
-        if not events and status is not None:
-            break
         for key, _ in events:
             if key.data is None:
                 os.read(woken, 4096)
@@ -372,6 +375,7 @@ def run(attempt: str, code: str, work: str, sink: PipeSink | SpoolSink) -> None:
     with open(os.path.join(attempt, "job.json")) as f:
         job = json.load(f)
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the step can't look into this process
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     reporter = Reporter(sink, job["limits"]["output"])
@@ -404,16 +408,25 @@ def run(attempt: str, code: str, work: str, sink: PipeSink | SpoolSink) -> None:
     sink.close()
 
 
-def detach() -> None:
-    """Leaves the caller's session and descriptors, so that its end does not end us."""
+def detach(pid_file: str) -> None:
+    """Leaves the caller's session and descriptors, so that its end does not end us.
+
+    The caller ends when the process id is written, so that nobody looks for it too early.
+    """
+    written, write = os.pipe()
     if os.fork():
+        os.close(write)
+        os.read(written, 1)
         os._exit(0)
     os.setsid()
     if os.fork():
         os._exit(0)
+    with open(pid_file, "w") as f:
+        f.write(str(os.getpid()))
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
+    os.close(write)
 
 
 def main(argv: list[str]) -> None:
@@ -421,7 +434,7 @@ def main(argv: list[str]) -> None:
         run(argv[1], argv[2], argv[3], PipeSink(os.dup(1)))
     elif argv[0] == "start":
         os.makedirs(argv[4], exist_ok=True)  # before `follow` can look for it
-        detach()
+        detach(os.path.join(argv[4], "pid"))
         run(argv[1], argv[2], argv[3], SpoolSink(argv[4]))
     elif argv[0] == "follow":
         follow(argv[1], int(argv[2]))

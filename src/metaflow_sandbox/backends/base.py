@@ -145,6 +145,7 @@ class Sandbox(ABC):
         Raises:
             TimeoutError: `timeout` seconds passed; the whole process tree is gone.
             SandboxGone: the sandbox ended before the command did.
+            ConnectionLost: only where `stream` is "spool".
         """
 
     @abstractmethod

@@ -30,7 +30,7 @@ from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors
-from ..errors import ProtocolError, Rejected, SandboxError, SandboxGone
+from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
 from .job import Job
 from .logs import LogRelay, write_all
 from .record import Recorder
@@ -40,6 +40,10 @@ from .store import Parent, parents_of
 # The launcher ends the step at its deadline; the provider ends what a dead launcher left.
 _LIFETIME_MARGIN = 600.0
 _RECONNECT_SECONDS = 120.0
+_RECONNECT_PAUSE = 1.0
+_ACKNOWLEDGE_SECONDS = 0.2
+_COLLECT_SECONDS = 600.0
+_RESULTS = 1 << 20  # MB, where no limit was set
 _TAIL = 4096
 _MISSING_MODULE = re.compile(r"No module named '([A-Za-z_][\w.]{0,100})'")
 # Exit codes to which Metaflow's scheduler gives a meaning that a step may not choose.
@@ -53,7 +57,6 @@ class Outcome:
     rc: int
     signal: int | None = None
     inline: bytes | None = None
-    size: int = 0
     dropped: int = 0
     problem: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -74,12 +77,11 @@ class Outcome:
                 rc=int(end["rc"]),
                 signal=None if number is None else int(number),
                 inline=inline,
-                size=int(end["size"]),
                 dropped=int(end["dropped"]),
                 problem=None if end["problem"] is None else str(end["problem"]),
                 seconds=seconds,
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ProtocolError("the exit frame is broken", op="stream") from None
 
 
@@ -101,6 +103,7 @@ class Attempt:
 
     def __init__(self, job: Job, backend: Backend, recorder: Recorder) -> None:
         self.job = job
+        self.request, _ = job.request.check(backend)
         self.backend = backend
         self.recorder = recorder
         self.timings: dict[str, float] = {}
@@ -121,7 +124,7 @@ class Attempt:
                 parents = await self._prepare(directory)
                 outcome = await self._run_step()
                 return await self._finish(outcome, parents, directory)
-            except (SandboxError, Rejected, Failed) as e:
+            except (SandboxError, Rejected, Failed, OSError) as e:
                 await self._say(str(e))
                 await blocking(self.recorder.fail)
                 return 1
@@ -161,7 +164,7 @@ class Attempt:
         return parents
 
     def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
-        job, request = self.job, self.job.request
+        job, request = self.job, self.request
         limits = self.backend.limits()
         memory = request.memory or int(metaflow_config.SANDBOX_MEMORY) or None
         disk = request.disk or int(metaflow_config.SANDBOX_DISK) or None
@@ -205,7 +208,7 @@ class Attempt:
 
     async def _run_step(self) -> Outcome:
         """Runs the agent, passes the step's output on, and waits for its exit frame."""
-        deadline = self.job.request.deadline
+        deadline = self.request.deadline
         async with _timed(self.timings, "run"):
             try:
                 with anyio.fail_after(deadline):
@@ -252,35 +255,46 @@ class Attempt:
             said = harmless(started.stderr.decode(errors="replace"))
             raise Failed(f"the agent could not be started: {said}")
         decoder = FrameDecoder()
-        acknowledged = 0
-        lost_at: float | None = None
+        stuck_since: float | None = None
         while self._outcome is None:
             before = decoder.seq
             decoder.reconnect()
-            with contextlib.suppress(SandboxGone), plain_errors():
-                async with anyio.create_task_group() as tasks:
-
-                    async def acknowledge() -> None:
-                        nonlocal acknowledged
-                        while True:
-                            await anyio.sleep(0.2)
-                            if decoder.seq > acknowledged:
-                                acknowledged = decoder.seq
-                                await sandbox.write_bytes(f"{spool}/ack", b"%d" % acknowledged)
-
-                    tasks.start_soon(acknowledge)
-                    await sandbox.exec(
-                        self._agent("follow", spool, str(decoder.seq)),
-                        on_stdout=partial(self._frames, decoder),
-                        on_stderr=self._keep_tail,
-                    )
-                    tasks.cancel_scope.cancel()
+            code: int | None = None
+            with contextlib.suppress(ConnectionLost):
+                code = await self._follow(sandbox, spool, decoder)
+            if code == 0:
+                return  # the spool has ended
             if decoder.seq > before:
-                lost_at = None
-            elif lost_at is None:
-                lost_at = time.monotonic()
-            elif time.monotonic() - lost_at > _RECONNECT_SECONDS:
+                stuck_since = None
+            elif stuck_since is None:
+                stuck_since = time.monotonic()
+            elif time.monotonic() - stuck_since > _RECONNECT_SECONDS:
                 return
+            await anyio.sleep(_RECONNECT_PAUSE)
+
+    async def _follow(self, sandbox: Sandbox, spool: str, decoder: FrameDecoder) -> int:
+        """Reads the spool from where the decoder stands, and acknowledges what has come."""
+
+        async def acknowledge() -> None:
+            acknowledged = 0
+            while True:
+                await anyio.sleep(_ACKNOWLEDGE_SECONDS)
+                if decoder.seq > acknowledged:
+                    acknowledged = decoder.seq
+                    # Without it the step waits; what it does to its own spool is its loss.
+                    with contextlib.suppress(OSError):
+                        await sandbox.write_bytes(f"{spool}/ack", b"%d" % acknowledged)
+
+        with plain_errors():
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(acknowledge)
+                code = await sandbox.exec(
+                    self._agent("follow", spool, str(decoder.seq)),
+                    on_stdout=partial(self._frames, decoder),
+                    on_stderr=self._keep_tail,
+                )
+                tasks.cancel_scope.cancel()
+        return code
 
     async def _frames(self, decoder: FrameDecoder, data: bytes) -> None:
         for frame in decoder.feed(data):
@@ -312,21 +326,25 @@ class Attempt:
                 f"{dropped} bytes of output were dropped: a step may print "
                 f"{self._output_bytes >> 20} MB (METAFLOW_SANDBOX_MAX_OUTPUT)."
             )
-        succeeded = outcome.rc == 0 and outcome.problem is None
-        delivered = await self._collect(outcome, directory)
+        exited_well = outcome.rc == 0 and outcome.problem is None
+        delivered = results.Results()
+        if outcome.problem is None:
+            delivered = await self._collect(outcome, directory)
         await self._destroy()
+        explained = False
         if delivered.complete:
             limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+            finish = partial(
+                self.recorder.finish, parents, delivered, exited_well=exited_well, limit=limit
+            )
             async with _timed(self.timings, "record"):
-                await blocking(
-                    partial(
-                        self.recorder.finish, parents, delivered, succeeded=succeeded, limit=limit
-                    )
-                )
-            if succeeded:
+                verdict = await blocking(finish)
+            if verdict.succeeded:
                 return 0
+            explained = verdict.explained
         else:
             await blocking(self.recorder.fail)
+        if not explained:
             await self._say(self._why(outcome))
         if hint := self._hint():
             await self._say(hint)
@@ -346,10 +364,15 @@ class Attempt:
             stream = self._made.read(f"{self.backend.work}/outbox")
         target = directory / "results"
         target.mkdir(mode=0o700)
-        disk = self.job.request.disk or int(metaflow_config.SANDBOX_DISK)
+        disk = self.request.disk or int(metaflow_config.SANDBOX_DISK) or _RESULTS
         async with _timed(self.timings, "collect"):
             try:
-                return await results.receive(stream, target, disk << 20)
+                with anyio.fail_after(_COLLECT_SECONDS):
+                    return await results.receive(stream, target, disk << 20)
+            except TimeoutError:
+                raise Failed(
+                    f"the step's results did not come within {_COLLECT_SECONDS:.0f} s."
+                ) from None
             except OSError as e:
                 raise Failed(f"the step's results can't be read: {e.strerror}") from None
 
@@ -362,7 +385,7 @@ class Attempt:
         if outcome.rc == 0:
             return (
                 "the step's process ended with exit code 0 before Metaflow could record its "
-                "results (does it call exit?)."
+                "results, or that it is done (does it call exit?)."
             )
         return f"the step's process ended with exit code {outcome.rc}."
 

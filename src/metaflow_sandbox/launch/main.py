@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 from typing import Any
@@ -23,6 +24,8 @@ def launch(context: Any, options: dict[str, Any]) -> int:
     if sys.platform.startswith("linux"):
         # A scheduler that is killed can't tell us; then nobody wants the results.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if options["scheduler"] not in (None, os.getppid()):
+            return 1  # it ended before we could ask to be told
     try:
         job = Job.from_context(context, options)
         backend = registry.load(job.backend)

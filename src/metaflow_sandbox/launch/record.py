@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from metaflow.metadata_provider import MetaDatum
@@ -30,6 +31,19 @@ class _Records:
     def __init__(self, objects: dict[str, str], info: dict[str, Any]) -> None:
         self._objects = objects
         self._info = info
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an attempt that left results.
+
+    Attributes:
+        succeeded: whether the step did what it should.
+        explained: whether it recorded an exception, which its output shows.
+    """
+
+    succeeded: bool
+    explained: bool
 
 
 class Recorder:
@@ -86,11 +100,12 @@ class Recorder:
         self.metadata.start_task_heartbeat(job.flow, job.run, job.step, job.task)
 
     def finish(
-        self, parents: list[Parent], results: Results, *, succeeded: bool, limit: int
-    ) -> None:
+        self, parents: list[Parent], results: Results, *, exited_well: bool, limit: int
+    ) -> Verdict:
         """Admits what a task recorded, and records it.
 
         Args:
+            exited_well: whether the step's process ended with exit code 0.
             limit: bytes that one artifact may have.
 
         Raises:
@@ -98,7 +113,6 @@ class Recorder:
                 but blobs that nobody refers to was stored.
         """
         job = self.job
-        position = self._position(parents, succeeded)
         inherited = artifacts.inherited_records((p.objects, p.info) for p in parents)
 
         def content(sha: str) -> bytes:
@@ -108,7 +122,10 @@ class Recorder:
                 return data
             raise Rejected(f"the blob {sha} was neither an input nor delivered")
 
-        values = internals.admit(position, internals.Delivered(results.objects, content))
+        delivered = internals.Delivered(results.objects, content)
+        # A step that calls exit(0) leaves results too, which say that it isn't done.
+        succeeded = exited_well and delivered.flag("_task_ok")
+        values = internals.admit(self._position(parents, succeeded), delivered)
         decision = artifacts.decide(
             results,
             known=self._known(parents),
@@ -125,6 +142,7 @@ class Recorder:
         self._register({"attempt_ok": str(succeeded)}, kind="internal_attempt_status")
         self.output.save_metadata({"task_end": {}})
         self.output.done()
+        return Verdict(succeeded, values["_exception"] is not None)
 
     def fail(self) -> None:
         """What is recorded of an attempt that left no results."""

@@ -27,6 +27,7 @@ def sandbox() -> None:
 @click.argument("code-package-sha")
 @click.argument("code-package-url")
 @click.option("--backend", required=True, help="Who provides the sandbox.")
+@click.option("--scheduler", type=int, default=None, help="Process id of the scheduler.")
 @click.option("--workspace", required=True, help="The run's directory on this machine.")
 @click.option("--run-id", required=True)
 @click.option("--task-id", required=True)

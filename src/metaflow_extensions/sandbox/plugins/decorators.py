@@ -7,6 +7,7 @@ process that launches: this module is loaded inside every sandbox too.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,9 @@ from .tainted import WORKLOAD, inside_sandbox
 if TYPE_CHECKING:
     from metaflow_sandbox.launch.session import Session
 
-# Commands after which tasks run under Metaflow's local scheduler, which alone
-# puts our launcher in a task's place. Others look at the flow and run nothing.
-_RUNS = {"run", "resume"}
-_LOOKS = {"show", "check", "package", "dump", "logs", "output-dot", "output-raw", "tag", "card"}
+# Commands that start tasks by themselves, out of our launcher's reach. Others that
+# do so are caught by `task_pre_step`.
+_DEPLOYERS = {"argo-workflows", "step-functions", "airflow"}
 
 
 class SandboxException(MetaflowException):
@@ -154,16 +154,15 @@ class SandboxDecorator(StepDecorator):
         while context is not None and not hasattr(context, "saved_args"):
             context = context.parent
         command = (getattr(context, "saved_args", None) or ["run"])[0]
-        if self.system_ctx.is_launch and command not in _RUNS | _LOOKS | {"init"}:
-            from metaflow.plugins import DEPLOYER_IMPL_PROVIDERS
+        from metaflow.plugins import DEPLOYER_IMPL_PROVIDERS
 
-            deployers = {d.TYPE for d in DEPLOYER_IMPL_PROVIDERS}
-            if command in deployers | {"argo-workflows", "step-functions", "airflow"}:
-                raise SandboxException(
-                    f"`{command}` would run step *{self.step}* outside of any sandbox, since it "
-                    "starts tasks without Metaflow's scheduler. Run the flow with `run`, or take "
-                    f"@{self.name} off."
-                )
+        deployers = {d.TYPE for d in DEPLOYER_IMPL_PROVIDERS} | _DEPLOYERS
+        if self.system_ctx.is_launch and command in deployers:
+            raise SandboxException(
+                f"`{command}` would run step *{self.step}* outside of any sandbox, since it "
+                "starts tasks without Metaflow's scheduler. Run the flow with `run`, or take "
+                f"@{self.name} off."
+            )
 
     def _refuse_companions(self, node: Any, decos: list[Any], environment: Any) -> None:
         from metaflow.plugins import get_trampoline_cli_names
@@ -241,6 +240,7 @@ class SandboxDecorator(StepDecorator):
         cli_args.commands = ["sandbox", "step"]
         cli_args.command_args.extend(session.package)
         cli_args.command_options["backend"] = session.backends[self.step]
+        cli_args.command_options["scheduler"] = os.getpid()
         cli_args.command_options["workspace"] = str(session.workspace.path)
         cli_args.entrypoint[0] = sys.executable
 

@@ -43,7 +43,16 @@ _MARK = object()
 #: Bytes of containers that one pickle may make. An empty set takes 216 bytes and
 #: one byte of pickle, so a small file could otherwise fill the host's memory.
 MEMORY = 4 << 30
-_SIZES: dict[type, int] = {list: 56, dict: 64, set: 216}
+#: What a container takes when it is empty, and for each of its items, at the most.
+_SIZES = {  # type: dict[type, tuple[int, int]]
+    list: (56, 9),
+    dict: (64, 105),
+    set: (216, 64),
+    tuple: (48, 8),
+    frozenset: (216, 64),
+}
+#: Keys are hashed by recursion in C that nothing checks, and anew for each use.
+KEY_DEPTH = 50
 _EXCEPTION_FIELDS = {"exception", "type", "stacktrace"}
 
 
@@ -124,6 +133,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: list[Any] = []
         self.memory = MEMORY
+        # Items of keys that may be looked at; more is a key used over and over.
+        self.hashing = 1_000_000 + 16 * len(data)
         # A pickle holds the content of each of its byte arrays: more means that
         # it copies one of them over and over.
         self.copied = len(data)
@@ -202,27 +213,51 @@ class _Machine:
 
     # -- containers
 
-    def make(self, kind: type) -> None:
-        self.memory -= _SIZES[kind]
+    def charge(self, kind: type, items: int, empty: int = 0) -> None:
+        """Counts the memory of `empty` new containers and of items added to one."""
+        base, each = _SIZES[kind]
+        self.memory -= base * empty + each * items
         if self.memory < 0:
             raise Refused(f"the pickle expands to more than {MEMORY >> 30} GB")
+
+    def make(self, kind: type) -> None:
+        self.charge(kind, 0, 1)
         self.push(kind())
+
+    def make_tuple(self, values: list[Any]) -> None:
+        self.charge(tuple, len(values), 1)
+        self.push(tuple(values))
+
+    def keys(self, values: list[Any]) -> list[Any]:
+        """Dictionary keys or set members: hashable, and in reasonable time."""
+        level = values
+        for _ in range(KEY_DEPTH):
+            nested = [v for v in level if type(v) in (tuple, frozenset)]
+            if not nested:
+                return values
+            self.hashing -= sum(map(len, nested))
+            if self.hashing < 0:
+                break
+            level = [x for v in nested for x in v]
+        raise Refused("the pickle has keys that are nested too deep")
 
     def append(self) -> None:
         (value,) = self._pop_values(1)
+        self.charge(list, 1)
         self._top(list).append(value)
 
     def appends(self) -> None:
         values = self._pop_to_mark()
+        self.charge(list, len(values))
         self._top(list).extend(values)
 
     def _set_items(self, pairs: list[Any]) -> None:
         target = self._top(dict)
         if len(pairs) % 2:
             raise Refused("the pickle has a dictionary with half an item")
+        self.charge(dict, len(pairs) // 2)
         try:
-            for i in range(0, len(pairs), 2):
-                target[pairs[i]] = pairs[i + 1]
+            target.update(zip(self.keys(pairs[::2]), pairs[1::2]))
         except TypeError:
             raise Refused("the pickle has a dictionary key that can't be one") from None
 
@@ -234,15 +269,17 @@ class _Machine:
 
     def additems(self) -> None:
         values = self._pop_to_mark()
+        self.charge(set, len(values))
         try:
-            self._top(set).update(values)
+            self._top(set).update(self.keys(values))
         except TypeError:
             raise Refused("the pickle has a set member that can't be one") from None
 
-    def frozenset(self) -> None:
+    def make_frozenset(self) -> None:
         values = self._pop_to_mark()
+        self.charge(frozenset, len(values), 1)
         try:
-            self.push(frozenset(values))
+            self.push(frozenset(self.keys(values)))
         except TypeError:
             raise Refused("the pickle has a set member that can't be one") from None
 
@@ -331,11 +368,11 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
     ord("}"): lambda m: m.make(dict),
     ord(")"): lambda m: m.push(()),
     0x8F: lambda m: m.make(set),
-    0x85: lambda m: m.push(tuple(m._pop_values(1))),
-    0x86: lambda m: m.push(tuple(m._pop_values(2))),
-    0x87: lambda m: m.push(tuple(m._pop_values(3))),
-    ord("t"): lambda m: m.push(tuple(m._pop_to_mark())),
-    0x91: _Machine.frozenset,
+    0x85: lambda m: m.make_tuple(m._pop_values(1)),
+    0x86: lambda m: m.make_tuple(m._pop_values(2)),
+    0x87: lambda m: m.make_tuple(m._pop_values(3)),
+    ord("t"): lambda m: m.make_tuple(m._pop_to_mark()),
+    0x91: _Machine.make_frozenset,
     ord("a"): _Machine.append,
     ord("e"): _Machine.appends,
     ord("s"): _Machine.setitem,
@@ -364,4 +401,7 @@ def load_data(data: bytes) -> Any:
     Raises:
         Refused: the bytes are anything else. Nothing of them was run.
     """
-    return _Machine(data).run()
+    try:
+        return _Machine(data).run()
+    except RecursionError:  # comparing keys that are nested
+        raise Refused("the pickle is nested too deep") from None

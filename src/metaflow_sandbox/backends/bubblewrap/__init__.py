@@ -44,6 +44,7 @@ from . import cgroup, policy, seccomp
 _START_SECONDS = 30.0
 _PIECE = 1 << 16
 _DEFAULT_DISK = 2048
+_MESSAGE = 60_000  # bytes of one request to the box
 _BOX = Path(__file__).with_name("box.py")
 _FIRST_UID = 1879048192  # far above what systems and their containers hand out
 _numbers = itertools.count()
@@ -206,12 +207,20 @@ class BubblewrapSandbox(Sandbox):
                 cwd="/",
                 env={"PATH": "/usr/bin:/bin"},
             )  # fmt: skip
-        with anyio.fail_after(_START_SECONDS):
-            await self._open_init(info, errors)
-            if spec.memory:
-                self._limit(spec.memory, self._process.pid)
-            os.write(block, b"1")
-            await self._answered(errors)
+        try:
+            with anyio.fail_after(_START_SECONDS):
+                await self._open_init(info, errors)
+                if spec.memory:
+                    self._limit(spec.memory, self._process.pid)
+                os.write(block, b"1")
+                await self._answered(errors)
+        except TimeoutError:
+            raise SandboxError(
+                f"bubblewrap did not start within {_START_SECONDS:.0f} s: {self._said(errors)}",
+                code="create_failed",
+                op="create",
+                retryable=True,
+            ) from None
         record = {"labels": dict(spec.labels), "pid": self._process.pid}
         (lease.path / "record.json").write_text(json.dumps(record))
 
@@ -229,7 +238,7 @@ class BubblewrapSandbox(Sandbox):
 
     def _limit(self, megabytes: int, pid: int) -> None:
         try:
-            self._group = cgroup.limit_memory(f"metaflow-sandbox-{self.id}", megabytes)
+            self._group = cgroup.limit_memory(cgroup.PREFIX + self.id, megabytes)
             self._group.add(pid)
             self._group.add(self._init_pid)
         except OSError as e:
@@ -254,13 +263,24 @@ class BubblewrapSandbox(Sandbox):
     @contextlib.asynccontextmanager
     async def _operation(self, request: dict[str, Any], *fds: int) -> AsyncIterator[socket.socket]:
         """Sends a request with its descriptors, which are closed here; gives its line."""
+        message = json.dumps(request).encode()
+        if len(message) > _MESSAGE:
+            for fd in fds:
+                os.close(fd)
+            raise SandboxError(
+                f"the arguments of a command are longer than {_MESSAGE} bytes: write them to a "
+                "file in the sandbox",
+                code="too_long",
+                op=request["op"],
+                retryable=False,
+            )
         line, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line.setblocking(False)
         try:
             payload = array.array("i", [far.fileno(), *fds]).tobytes()
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, payload)]
             try:
-                self._control.sendmsg([json.dumps(request).encode()], rights)
+                self._control.sendmsg([message], rights)
             except OSError as e:
                 raise SandboxGone("the sandbox has ended", op=request["op"]) from e
             finally:

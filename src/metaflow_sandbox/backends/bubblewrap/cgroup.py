@@ -8,7 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+#: What the names of our groups begin with.
+PREFIX = "metaflow-sandbox-"
 _ROOT = Path("/sys/fs/cgroup")
+_ABANDONED_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -108,4 +111,9 @@ def limit_memory(name: str, megabytes: int) -> MemoryGroup:
     hierarchy = _hierarchy()
     if hierarchy is None:
         raise OSError("no control group can be made here")
+    for left in hierarchy.parent.glob(f"{PREFIX}*"):
+        # Of a launcher that was killed. A group with processes in it can't be removed.
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.rmdir()
     return MemoryGroup(hierarchy, name, megabytes)

@@ -48,11 +48,15 @@ def python_trees() -> list[Path]:
         for entry in sys.path
         if os.path.basename(entry) in ("site-packages", "dist-packages")
     ]
-    # A virtual environment's interpreter is a chain of links to the real one.
+    # A virtual environment's interpreter is a chain of links to the real one, through
+    # other environments: but a link may lie anywhere, so only those count.
     link = Path(sys.executable)
+    library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
     while link.is_symlink():
         link = Path(os.path.normpath(link.parent / link.readlink()))
-        trees.append(link.parent.parent)
+        prefix = link.parent.parent
+        if (prefix / library).is_dir() or (prefix / "pyvenv.cfg").is_file():
+            trees.append(prefix)
     kept: list[Path] = []
     for tree in sorted({t for t in trees if t.is_dir()}, key=lambda t: len(t.parts)):
         if not any(tree.is_relative_to(k) for k in kept):
