@@ -113,8 +113,14 @@ def test_without_a_reconnect_the_two_halves_of_different_lines_are_refused():
 
 @pytest.mark.parametrize("seqs", [[2], [1, 3], [1, 2, 2, 1, 4], [1, 0x7FFFFFFFFFFFFFFFFFFF]])
 def test_a_missing_frame_is_an_error(seqs):
-    with pytest.raises(ProtocolError, match="missing"):
+    with pytest.raises(ProtocolError):
         read(FrameDecoder(), [encode_frame(seq, b"o", b"x") for seq in seqs])
+
+
+@pytest.mark.parametrize("seqs", [[1, 1], [1, 2, 1], [0], [2]])
+def test_on_a_stream_that_is_never_resumed_no_frame_comes_twice(seqs):
+    with pytest.raises(ProtocolError):
+        read(FrameDecoder(resumable=False), [encode_frame(seq, b"o", b"x") for seq in seqs])
 
 
 GARBAGE = {
@@ -201,7 +207,7 @@ def test_an_exit_frame_says_how_the_step_ended():
     inline = base64.b64encode(b"archive").decode()
     end = {**END, "rc": 139, "signal": 11, "size": 7, "inline": inline, "seconds": {"step": 1}}
     outcome = Outcome.parse(json.dumps(end).encode())
-    assert (outcome.rc, outcome.signal, outcome.size) == (139, 11, 7)
+    assert (outcome.rc, outcome.signal) == (139, 11)
     assert (outcome.inline, outcome.seconds) == (b"archive", {"step": 1.0})
 
 
@@ -220,10 +226,8 @@ BROKEN_ENDS = {
     "seconds is a list": json.dumps({**END, "seconds": [1]}).encode(),
     "seconds holds text": json.dumps({**END, "seconds": {"step": "x"}}).encode(),
     "nested without end": b"[" * 100_000,
-}
-OVERFLOWING_ENDS = {
     "rc is infinite": json.dumps({**END, "rc": float("inf")}).encode(),
-    "size is infinite": json.dumps({**END, "size": float("inf")}).encode(),
+    "dropped is infinite": json.dumps({**END, "dropped": float("inf")}).encode(),
     "signal is infinite": json.dumps({**END, "signal": float("-inf")}).encode(),
     "seconds are huge": json.dumps({**END, "seconds": {"step": 10**400}}).encode(),
 }
@@ -231,12 +235,5 @@ OVERFLOWING_ENDS = {
 
 @pytest.mark.parametrize("payload", BROKEN_ENDS.values(), ids=BROKEN_ENDS)
 def test_a_broken_exit_frame_is_a_protocol_error(payload):
-    with pytest.raises(ProtocolError):
-        Outcome.parse(payload)
-
-
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="BUG: OverflowError gets through")
-@pytest.mark.parametrize("payload", OVERFLOWING_ENDS.values(), ids=OVERFLOWING_ENDS)
-def test_an_exit_frame_with_infinite_numbers_is_a_protocol_error(payload):
     with pytest.raises(ProtocolError):
         Outcome.parse(payload)

@@ -153,9 +153,9 @@ def itself(container):
     return container
 
 
-def tuple_around_itself():
+def tuple_around_itself(more=(1, 2, 3)):
     inner = []
-    outer = (1, inner, 2, 3)
+    outer = (inner, inner, *more)
     inner.append(outer)
     return outer
 
@@ -164,7 +164,8 @@ SPECIAL = {
     "list of itself": itself([1]),
     "dict of itself": itself({}),
     "tuple in itself": tuple_around_itself(),
-    "list in short tuple in itself": (lambda x: (x.append((x,)), x)[1])([]),
+    "short tuple in itself": tuple_around_itself(()),
+    "list in a tuple in itself": tuple_around_itself()[1],
     "many strings": [str(i) for i in range(3000)] * 2,
     "many items": {i: [i] for i in range(3000)},
     "many members": [set(range(2500)), frozenset(range(2500))],
@@ -187,6 +188,36 @@ for _ in range(200):
 @pytest.mark.parametrize("value", SPECIAL.values(), ids=SPECIAL)
 def test_large_deep_and_circular_data_loads_as_pickle_loads_it(value, protocol):
     assert_loads_as_pickle_does(pickle.dumps(value, protocol), protocol)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: the id of a list that is gone stands for many keys")
+@pytest.mark.parametrize(
+    "value",
+    [
+        [frozenset([(1, 2)]) for _ in range(1000)],
+        [frozenset([2.5, i]) for i in range(5000)],
+        {frozenset([2**70, i]): i for i in range(5000)},
+    ],
+    ids=["tuples", "floats", "integers"],
+)
+def test_many_frozensets_may_have_the_same_member(value):
+    assert load_data(pickle.dumps(value, 4)) == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [{(1, 2): i} for i in range(1000)],
+        [{2.5, i} for i in range(1000)],
+        {float(i): i for i in range(5000)},
+        {(i, i % 3): i for i in range(5000)},
+        {2**61 + i for i in range(5000)},
+        {complex(i, -i) for i in range(5000)},
+    ],
+    ids=["dicts", "sets", "floats", "tuples", "integers", "complex"],
+)
+def test_keys_of_any_kind_are_not_taken_for_an_attack(value):
+    assert load_data(pickle.dumps(value, 4)) == value
 
 
 @pytest.mark.parametrize("protocol", [4, 5])
@@ -404,7 +435,18 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("code", HOSTILE.values(), ids=HOSTILE)
+BUILD_ON_A_NAME = pytest.mark.xfail(
+    strict=True, raises=AttributeError, reason="BUG: _Name has no __dict__, and is no exception"
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(c, id=name, marks=[BUILD_ON_A_NAME] if name == "BUILD on a name" else [])
+        for name, c in HOSTILE.items()
+    ],
+)
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_what_is_more_than_plain_data_is_refused(code, protocol, spied):
     with pytest.raises(Refused):
@@ -600,8 +642,8 @@ BLOW_UPS = [  # each of these crashed or hung an earlier version
     ),
     pytest.param(b"}" + doubled(60) + b"Ns", id="key that is hashed 2**60 times"),
     pytest.param(used_often(b"(" + b"N" * 100_000 + b"t", 100_000), id="wide key used often"),
-    pytest.param(b"\x8f(" + colliding(60_000) + b"\x90", id="keys of one hash", marks=BUG_KEYS),
-    pytest.param(used_often(INTEGER, 100_000), id="huge number used often", marks=BUG_KEYS),
+    pytest.param(b"\x8f(" + colliding(60_000) + b"\x90", id="keys of one hash"),
+    pytest.param(used_often(INTEGER, 100_000), id="huge number used often"),
     pytest.param(compared_often(TEXT, 100_000), id="long text used often", marks=BUG_KEYS),
 ]
 
@@ -640,7 +682,8 @@ def spied():
         events, modules, really = [], set(sys.modules), builtins.__import__
 
         def no_import(name, *args, **kwargs):
-            events.append(f"__import__({name})")
+            if name != "metaflow.exception":  # the one type of ours, and not by the pickle's word
+                events.append(f"__import__({name})")
             return really(name, *args, **kwargs)
 
         started = time.process_time()
@@ -770,7 +813,6 @@ def test_what_is_no_pickle_is_refused():
         deserialize(b"", encoding="arrow")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a pickle's names are shown raw")
 @pytest.mark.parametrize("name", ["\x1b]0;title\x07", "\x9b31m", "\r\n[ok]", "\ud800"])
 def test_what_the_user_is_told_has_no_control_characters_of_the_sandboxs(name):
     raw = name.encode("utf-8", "surrogatepass")

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from metaflow.exception import MetaflowExceptionWrapper
 from metaflow.tuple_util import ForeachFrame
 
-from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
-
 from ..errors import Rejected
-from .text import harmless
 
 #: Names that a sandbox can't have as artifacts: they steer unbounded foreaches,
 #: which sandboxed steps can't take part in.
@@ -49,7 +46,6 @@ INTERNAL = frozenset(
     }
 )
 MAX_SPLITS = 10_000_000
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -74,50 +70,51 @@ class Position:
 
 
 class Delivered:
-    """Reads single values that a sandbox wrote, as plain data of an expected form."""
+    """What `reader.py` found in the few values that only the step can know."""
 
-    def __init__(self, objects: Mapping[str, str], content: Callable[[str], bytes]) -> None:
-        self._objects = objects
-        self._content = content
+    #: {name of the artifact: the form that it must have}
+    FORMS: ClassVar[dict[str, str]] = {
+        "_task_ok": "flag",
+        "_success": "flag",
+        "_exception": "exception",
+        "_catch_exception": "exception",
+        "_foreach_num_splits": "integer",
+        "_foreach_values": "texts",
+        "_transition": "transition",
+    }
+
+    def __init__(self, answers: Mapping[str, Mapping[str, Any]]) -> None:
+        self._answers = answers
 
     def get(self, name: str) -> Any:
-        """The value of an artifact, or a private mark if there is none."""
-        if name not in self._objects:
-            return _ABSENT
-        try:
-            return load_data(self._content(self._objects[name]))
-        except Refused as e:
-            raise Rejected(f"{name} is not what Metaflow records there: {harmless(e)}") from None
+        """The value of an artifact; None if there is none."""
+        answer = self._answers.get(name, {"value": None})
+        if "refused" in answer:
+            raise Rejected(f"{name} is not what Metaflow records there: {answer['refused']}")
+        return answer["value"]
 
     def flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value is not _ABSENT and type(value) is not bool:
-            raise Rejected(f"{name} is not a truth value")
-        return value is True
+        return self.get(name) is True
 
     def exception(self, name: str) -> MetaflowExceptionWrapper | None:
-        value = self.get(name)
-        if value is _ABSENT or value is None:
+        fields = self.get(name)
+        if fields is None:
             return None
-        if type(value) is not MetaflowExceptionWrapper:
-            raise Rejected(f"{name} is not an exception as Metaflow records it")
-        return value
+        wrapper = MetaflowExceptionWrapper()
+        wrapper.__dict__.update(fields)
+        return wrapper
 
     def splits(self, name: str) -> int:
         value = self.get(name)
-        if type(value) is not int or not 0 < value <= MAX_SPLITS:
-            raise Rejected(f"{name} is {harmless(value)}, not a number of splits")
-        return value
+        if value is None or not 0 < value <= MAX_SPLITS:
+            raise Rejected(f"{name} is {value}, which is no number of splits")
+        return int(value)
 
     def texts(self, name: str, count: int) -> list[str | None] | None:
         value = self.get(name)
-        if value is _ABSENT or value is None:
-            return None
-        if type(value) is not list or len(value) != count:
-            raise Rejected(f"{name} is not a list of {count} values")
-        if any(type(v) not in (str, type(None)) or len(v or "") > 10_000 for v in value):
-            raise Rejected(f"{name} has values that are not short strings")
-        return value
+        if value is not None and len(value) != count:
+            raise Rejected(f"{name} has {len(value)} values for {count} splits")
+        return None if value is None else list(value)
 
     def transition(
         self, targets: list[str], foreach: str | None
@@ -127,19 +124,18 @@ class Delivered:
         None makes Metaflow's scheduler say that `self.next` was not called.
         """
         value = self.get("_transition")
-        if value is _ABSENT or value is None:
+        if value is None:
             return None
-        if value != (targets, foreach):
+        if value != [targets, foreach]:
             raise Rejected("the step's self.next goes where the flow doesn't")
         return targets, foreach
 
     def chosen(self, targets: list[str]) -> str:
         """The step that a switch chose, out of those that the graph allows."""
         value = self.get("_transition")
-        if type(value) is tuple and len(value) == 2 and type(value[0]) is list:
-            for target in targets:
-                if value[0] == [target]:
-                    return target
+        for target in targets:
+            if value == [[target], None]:
+                return target
         raise Rejected("the switch chose none of the steps that the flow allows")
 
 

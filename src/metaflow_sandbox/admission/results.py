@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import anyio
+
 from ..errors import Rejected
+from .blobs import unpacked
 from .text import harmless
 
 _HEADER = 2000
 _DATA_JSON = 8 << 20
 _CARD = 64 << 20
-_PIECE = 1 << 20
 MAX_ARTIFACTS = 10_000
+#: What sends results may pause so long; a sandbox can stop what sends them.
+QUIET_SECONDS = 30.0
 MAX_CARDS = 100
 SHA = re.compile(r"[0-9a-f]{40}\Z")
 _CARD_FILE = re.compile(r"[A-Za-z0-9_]{1,100}(-[A-Za-z0-9_]{1,100}){1,2}\.html\Z")
@@ -59,7 +61,8 @@ async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> 
         piece = b""
         while not piece:
             try:
-                piece = await anext(source)
+                with anyio.fail_after(QUIET_SECONDS):
+                    piece = await anext(source)
             except StopAsyncIteration:
                 return False
         total += len(piece)
@@ -119,7 +122,7 @@ def _place(results: Results, header: dict[str, Any], directory: Path) -> Path:
         return path
     file = header.get("file")
     if not isinstance(file, str) or not _CARD_FILE.match(file):
-        raise Rejected(f"a card has the name {harmless(file)}")
+        raise Rejected(f"a card has the name {harmless(str(file))}")
     if size > _CARD or file in results.cards or len(results.cards) >= MAX_CARDS:
         raise Rejected("a card is too large, comes twice, or there are too many")
     path = directory / f"card-{len(results.cards)}"
@@ -137,7 +140,7 @@ def _read_data_json(results: Results, path: Path) -> None:
         raise Rejected("the record of the artifacts is not what Metaflow writes")
     for name, sha in objects.items():
         # Names become parts of file names in the metadata.
-        if not name.isidentifier() or len(name) > 200 or not name.isprintable():
+        if not name.isidentifier() or len(name.encode()) > 200 or not name.isprintable():
             raise Rejected(f"an artifact has the name {harmless(name)}")
         if not isinstance(sha, str) or not SHA.match(sha) or not isinstance(info.get(name), dict):
             raise Rejected(f"the artifact {harmless(name)} has no proper record")
@@ -145,31 +148,8 @@ def _read_data_json(results: Results, path: Path) -> None:
         results.info[name] = info[name]
 
 
-def _inflate(path: Path, limit: int) -> Iterator[bytes]:
-    decompressor = zlib.decompressobj(wbits=31)  # one gzip member
-    total = 0
-    with open(path, "rb") as file:
-        while not decompressor.eof:
-            data = decompressor.unconsumed_tail or file.read(_PIECE)
-            if not data:
-                raise Rejected("a blob is cut short")
-            try:
-                piece = decompressor.decompress(data, _PIECE)
-            except zlib.error:
-                raise Rejected("a blob is not compressed as Metaflow does it") from None
-            total += len(piece)
-            if total > limit:
-                raise Rejected(
-                    f"an artifact is larger than {limit >> 20} MB "
-                    "(raise METAFLOW_SANDBOX_MAX_ARTIFACT if it should be)"
-                )
-            yield piece
-        if decompressor.unused_data or file.read(1):
-            raise Rejected("a blob goes on after its end")
-
-
 def blob(results: Results, sha: str, limit: int) -> bytes:
-    """The bytes of a delivered blob, unpacked under `limit` and held against their key.
+    """The bytes of a delivered blob; see `unpacked`.
 
     Raises:
         Rejected: it was not delivered, is larger, or is something else.
@@ -177,9 +157,4 @@ def blob(results: Results, sha: str, limit: int) -> bytes:
     if sha not in results.blobs:
         raise Rejected(f"the blob {sha} was neither an input nor delivered")
     path, raw = results.blobs[sha]
-    if raw and path.stat().st_size > limit:
-        raise Rejected(f"an artifact is larger than {limit >> 20} MB")
-    data = path.read_bytes() if raw else b"".join(_inflate(path, limit))
-    if hashlib.sha1(data, usedforsecurity=False).hexdigest() != sha:
-        raise Rejected(f"the content of the blob {sha} is something else")
-    return data
+    return unpacked(path, raw, sha, limit)

@@ -3,7 +3,8 @@
 Logs are replayed raw, so what is stored must be as harmless as what is shown.
 Control characters become their Unicode pictures (ESC becomes U+241B); a picture
 that was in the text gets U+2420 before it; a byte that is not part of a printable
-character becomes U+2426 and its two hexadecimal digits.
+character becomes U+2426 and its two hexadecimal digits; so do the characters that
+reverse the order of text or end a line unseen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import re
 _LITERAL = "\u2420"
 _BYTE = "\u2426"
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if code != 9} | {127: "\u2421"}
-_SPECIAL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2400-\u2426\udc80-\udcff]")
+_SPECIAL = re.compile(
+    r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2400-\u2426\u2028-\u202e\u2066-\u2069\udc80-\udcff]"
+)
 _ESCAPED = re.compile(r"\u2420([\u2400-\u2426])|\u2426([0-9a-f]{2})|([\u2400-\u241f\u2421])")
 
 
@@ -48,7 +51,7 @@ def unescape(text: bytes) -> bytes:
     return _ESCAPED.sub(restore, text.decode()).encode("utf-8", "surrogateescape")
 
 
-def harmless(text: object, limit: int = 300) -> str:
-    """A short form of anything a sandbox said, for a message."""
-    shown = escape(str(text).encode("utf-8", "surrogateescape")).decode()
-    return shown if len(shown) <= limit else shown[:limit] + "…"
+def harmless(text: str, limit: int = 300) -> str:
+    """A short form of what a sandbox said, for a message."""
+    shown = escape(text[:limit].encode("utf-8", "surrogatepass")).decode()
+    return shown if len(text) <= limit else shown + "…"

@@ -340,7 +340,11 @@ def collect(job: dict[str, Any], work: str) -> int:
     root = os.path.join(work, "datastore", ".metaflow")
     folder = os.path.join(root, task["flow"], task["run"], task["step"], task["task"])
     prefix = os.path.join(folder, f"{task['attempt']}.")
-    with open(os.path.join(work, "outbox"), "wb") as archive:
+    # What the step may have put there is not followed, and a FIFO would block.
+    outbox = os.open(
+        os.path.join(work, "outbox"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600
+    )
+    with os.fdopen(outbox, "wb") as archive:
 
         def add(path: str, **header: Any) -> None:
             with open(path, "rb") as f:

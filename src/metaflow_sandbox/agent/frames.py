@@ -30,11 +30,13 @@ class FrameDecoder:
     """Turns bytes, split anywhere, into frames in order, each exactly once.
 
     Frames that were already seen are passed over, so a stream may be resumed
-    from any earlier point. `seq` is the last frame that was handed out.
+    from any earlier point; on a stream that is not resumable they are an error.
+    `seq` is the last frame that was handed out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, resumable: bool = True) -> None:
         self.seq = 0
+        self._resumable = resumable
         self._buffer = bytearray()
 
     def reconnect(self) -> None:
@@ -69,9 +71,9 @@ class FrameDecoder:
             raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream") from None
         if magic != b"mfs1" or kind not in (b"o", b"e", b"x") or not checked:
             raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream")
-        if seq <= self.seq:
+        if seq <= self.seq and self._resumable:
             return None
         if seq != self.seq + 1:
-            raise ProtocolError(f"frames {self.seq + 1} to {seq - 1} are missing", op="stream")
+            raise ProtocolError(f"frame {seq} comes after frame {self.seq}", op="stream")
         self.seq = seq
         return Frame(seq, kind.decode(), payload)

@@ -25,14 +25,14 @@ import anyio
 from metaflow import metaflow_config
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from ..admission import results
+from ..admission import internals, reader, results
 from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors
 from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
 from .job import Job
-from .logs import LogRelay, write_all
+from .logs import Budget, LogRelay, write_all
 from .record import Recorder
 from .stage import Staging, code_tree
 from .store import Parent, parents_of
@@ -42,7 +42,7 @@ _LIFETIME_MARGIN = 600.0
 _RECONNECT_SECONDS = 120.0
 _RECONNECT_PAUSE = 1.0
 _ACKNOWLEDGE_SECONDS = 0.2
-_COLLECT_SECONDS = 600.0
+_COLLECT_SECONDS = 1800.0
 _RESULTS = 1 << 20  # MB, where no limit was set
 _TAIL = 4096
 _MISSING_MODULE = re.compile(r"No module named '([A-Za-z_][\w.]{0,100})'")
@@ -108,9 +108,9 @@ class Attempt:
         self.recorder = recorder
         self.timings: dict[str, float] = {}
         self._sandbox: Sandbox | None = None
-        output = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
-        self._output_bytes = output
-        self._logs = {"o": LogRelay(1, output), "e": LogRelay(2, output)}
+        self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
+        budget = Budget(self._output_bytes)
+        self._logs = {"o": LogRelay(1, budget), "e": LogRelay(2, budget)}
         self._tail = bytearray()  # of the step's stderr
         self._outcome: Outcome | None = None
 
@@ -241,7 +241,7 @@ class Attempt:
         return f"{self.backend.inbox}/attempt", f"{self.backend.inbox}/code", self.backend.work
 
     async def _run_by_pipe(self) -> None:
-        decoder = FrameDecoder()
+        decoder = FrameDecoder(resumable=False)
         argv = self._agent("run", *self._directories())
         await self._made.exec(
             argv, on_stdout=partial(self._frames, decoder), on_stderr=self._keep_tail
@@ -302,7 +302,7 @@ class Attempt:
 
     async def _frame(self, frame: Frame) -> None:
         if self._outcome is not None:
-            return  # nothing comes after the end
+            raise ProtocolError("frames go on after the end", op="stream")
         if frame.kind == "x":
             self._outcome = Outcome.parse(frame.payload)
             return
@@ -320,7 +320,7 @@ class Attempt:
     # --- collect, admit and record
 
     async def _finish(self, outcome: Outcome, parents: list[Parent], directory: Path) -> int:
-        dropped = outcome.dropped + sum(log.dropped for log in self._logs.values())
+        dropped = outcome.dropped + self._logs["o"].budget.dropped
         if dropped > 0:
             await self._say(
                 f"{dropped} bytes of output were dropped: a step may print "
@@ -334,8 +334,15 @@ class Attempt:
         explained = False
         if delivered.complete:
             limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+            async with _timed(self.timings, "read"):
+                found = await self._read_internals(parents, delivered, directory)
             finish = partial(
-                self.recorder.finish, parents, delivered, exited_well=exited_well, limit=limit
+                self.recorder.finish,
+                parents,
+                delivered,
+                found,
+                exited_well=exited_well,
+                limit=limit,
             )
             async with _timed(self.timings, "record"):
                 verdict = await blocking(finish)
@@ -365,22 +372,43 @@ class Attempt:
         target = directory / "results"
         target.mkdir(mode=0o700)
         disk = self.request.disk or int(metaflow_config.SANDBOX_DISK) or _RESULTS
+        seconds = max(60.0, min(self.request.deadline, _COLLECT_SECONDS))
         async with _timed(self.timings, "collect"):
             try:
-                with anyio.fail_after(_COLLECT_SECONDS):
+                with anyio.fail_after(seconds):
                     return await results.receive(stream, target, disk << 20)
             except TimeoutError:
-                raise Failed(
-                    f"the step's results did not come within {_COLLECT_SECONDS:.0f} s."
-                ) from None
+                raise Failed(f"the step's results did not come within {seconds:.0f} s.") from None
             except OSError as e:
                 raise Failed(f"the step's results can't be read: {e.strerror}") from None
+
+    async def _read_internals(
+        self, parents: list[Parent], delivered: results.Results, directory: Path
+    ) -> internals.Delivered:
+        """Has the values that only the step can know read by a process that can be ended."""
+        request = partial(self.recorder.internals_request, parents, delivered, directory)
+        items = await blocking(request)
+        packages = str(Path(__file__).parents[2])
+        command = [sys.executable, "-I", "-S", "-c", reader.PROGRAM, packages]
+        try:
+            with anyio.fail_after(reader.SECONDS * 3):
+                done = await anyio.run_process(
+                    command, input=json.dumps({"items": items}).encode(), check=False
+                )
+        except TimeoutError:
+            done = None
+        if done is None or done.returncode != 0:
+            raise Rejected(
+                "what the step left for Metaflow's scheduler takes too long or too much to read"
+            )
+        return internals.Delivered(json.loads(done.stdout))
 
     def _why(self, outcome: Outcome) -> str:
         if outcome.problem:
             return f"the agent could not run the step: {harmless(outcome.problem)}"
         if outcome.signal is not None:
-            name = signal.Signals(outcome.signal).name if 0 < outcome.signal < 65 else "?"
+            names = {s.value: s.name for s in signal.Signals}
+            name = names.get(outcome.signal, "a real-time signal")
             return f"the step was ended by signal {outcome.signal} ({name})."
         if outcome.rc == 0:
             return (

@@ -18,6 +18,8 @@ from ..admission.text import escape
 
 #: A longer line is passed on in pieces.
 LINE_BYTES = 64 << 10
+#: What Metaflow's mark adds to a line.
+MARK_BYTES = 80
 # A pipe that is reported as writable takes this much without blocking.
 _PIECE = 4096
 
@@ -30,26 +32,35 @@ async def write_all(fd: int, data: bytes) -> None:
         os.write(fd, data[start : start + _PIECE])
 
 
+class Budget:
+    """How much output an attempt may still print, on both streams together."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self.dropped = 0
+
+
 class LogRelay:
     """Gathers a stream of output into lines and writes them to `fd`."""
 
-    def __init__(self, fd: int, limit: int) -> None:
+    def __init__(self, fd: int, budget: Budget) -> None:
         self._fd = fd
-        self._left = limit
+        self.budget = budget
         self._line = bytearray()
-        self.dropped = 0
 
     async def feed(self, data: bytes) -> None:
         """Takes the next bytes of the stream."""
-        kept = data[: self._left]
-        self._left -= len(kept)
-        self.dropped += len(data) - len(kept)
+        budget = self.budget
+        kept = data[: max(budget.left, 0)]
+        budget.dropped += len(data) - len(kept)
         self._line += kept
         lines = []
         while (end := self._line.find(b"\n")) >= 0 or len(self._line) > LINE_BYTES:
             end = end if 0 <= end <= LINE_BYTES else LINE_BYTES
             lines.append(bytes(self._line[:end]))
             del self._line[: end + (self._line[end : end + 1] == b"\n")]
+        # A line costs the scheduler as much as its mark does, however short it is.
+        budget.left -= len(kept) + MARK_BYTES * len(lines)
         await self._emit(lines)
 
     async def close(self) -> None:

@@ -10,17 +10,21 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metaflow.metadata_provider import MetaDatum
 
 from ..admission import artifacts, internals
 from ..admission.cards import wrap
+from ..admission.reader import MAX_BYTES
 from ..admission.results import Results, blob
 from ..errors import Rejected
 from .job import Job
 from .store import Parent, save_cards, stored
 
+# How many artifacts of the largest size an attempt may leave.
+_ARTIFACTS = 8
 # What no step can change, beside Parameters and constants.
 _ALWAYS_KNOWN = ("_graph_info", "_configs_processed")
 
@@ -99,13 +103,43 @@ class Recorder:
         )
         self.metadata.start_task_heartbeat(job.flow, job.run, job.step, job.task)
 
+    def internals_request(
+        self, parents: list[Parent], results: Results, directory: Path
+    ) -> list[dict[str, Any]]:
+        """What `admission/reader.py` is to read: the delivered values, as files.
+
+        A value that an input has too was not delivered again; it is copied to
+        `directory` out of the host's own datastore.
+        """
+        inputs = {sha: p.info[n] for p in parents for n, sha in p.objects.items()}
+        items = []
+        for name, form in internals.Delivered.FORMS.items():
+            if (sha := results.objects.get(name)) is None:
+                continue
+            if sha in results.blobs:
+                path, raw = results.blobs[sha]
+            elif sha in inputs and int(inputs[sha].get("size", 0)) <= MAX_BYTES:
+                path, raw = directory / f"input-{sha}", True
+                path.write_bytes(stored(self.flow_datastore, sha) or b"")
+            else:
+                raise Rejected(f"the blob {sha} was neither an input nor delivered")
+            items.append({"name": name, "form": form, "file": str(path), "raw": raw, "sha": sha})
+        return items
+
     def finish(
-        self, parents: list[Parent], results: Results, *, exited_well: bool, limit: int
+        self,
+        parents: list[Parent],
+        results: Results,
+        delivered: internals.Delivered,
+        *,
+        exited_well: bool,
+        limit: int,
     ) -> Verdict:
         """Admits what a task recorded, and records it.
 
         Args:
             exited_well: whether the step's process ended with exit code 0.
+            delivered: what the reader found in the values that only the step knows.
             limit: bytes that one artifact may have.
 
         Raises:
@@ -115,14 +149,6 @@ class Recorder:
         job = self.job
         inherited = artifacts.inherited_records((p.objects, p.info) for p in parents)
 
-        def content(sha: str) -> bytes:
-            if sha in results.blobs:
-                return blob(results, sha, limit)
-            if sha in inherited and (data := stored(self.flow_datastore, sha)) is not None:
-                return data
-            raise Rejected(f"the blob {sha} was neither an input nor delivered")
-
-        delivered = internals.Delivered(results.objects, content)
         # A step that calls exit(0) leaves results too, which say that it isn't done.
         succeeded = exited_well and delivered.flag("_task_ok")
         values = internals.admit(self._position(parents, succeeded), delivered)
@@ -192,6 +218,10 @@ class Recorder:
                 if (there := stored(self.flow_datastore, sha)) is not None and there != data:
                     raise Rejected(f"the datastore has something else under the key {sha}")
                 sizes[sha] = len(data)
+                if sum(sizes.values()) > limit * _ARTIFACTS:
+                    raise Rejected(
+                        f"the artifacts are larger than {limit * _ARTIFACTS >> 20} MB together"
+                    )
                 yield data
 
         self.flow_datastore.ca_store.save_blobs(contents(), len_hint=len(decision.new))

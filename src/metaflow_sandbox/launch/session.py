@@ -23,7 +23,8 @@ class Session:
     """
 
     def __init__(self, flow: str, run_id: str) -> None:
-        living("run")  # which removes what runs that were killed left behind
+        for kind in ("run", "box"):
+            living(kind)  # which removes what was left behind by those that were killed
         self.workspace = Lease("run")
         self.package: tuple[str, str, str] | None = None
         self.backends: dict[str, str] = {}

@@ -17,7 +17,7 @@ SANDBOX_MEMORY = from_conf("SANDBOX_MEMORY", 4096)
 # Megabytes that a sandbox can write where the step doesn't say.
 SANDBOX_DISK = from_conf("SANDBOX_DISK", 2048)
 # Megabytes that one artifact may have when it is unpacked on the host.
-SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 4096)
+SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 1024)
 # Megabytes of output that one attempt may print; the rest is dropped, and said.
 SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", 16)
 # What a host may load of what a sandbox wrote: "data" or "all". See docs/security.md.

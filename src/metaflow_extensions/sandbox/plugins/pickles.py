@@ -19,8 +19,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from metaflow.exception import MetaflowExceptionWrapper
-
 
 class Refused(Exception):
     """The pickle is not plain data. `name` is what it asks for, if it names something."""
@@ -53,6 +51,9 @@ _SIZES = {  # type: dict[type, tuple[int, int]]
 }
 #: Keys are hashed by recursion in C that nothing checks, and anew for each use.
 KEY_DEPTH = 50
+#: Keys of one container that may have the same hash.
+COLLISIONS = 200
+_SAFE_KEYS = (str, bytes, bool, type(None))
 _EXCEPTION_FIELDS = {"exception", "type", "stacktrace"}
 
 
@@ -80,22 +81,15 @@ def _slice(args: tuple[Any, ...]) -> slice:
     return slice(*args)
 
 
-def _caught_exception(args: tuple[Any, ...]) -> MetaflowExceptionWrapper:
-    # What @catch leaves, and what every failed task has: three strings.
-    _only(args, type(None))
-    wrapper = MetaflowExceptionWrapper()
-    wrapper.__dict__.update(exception="", type="", stacktrace=None)
-    return wrapper
-
-
 #: What a pickle may call, by the name it uses.
 CONSTRUCTORS: dict[str, Callable[[tuple[Any, ...]], object]] = {
     "builtins.bytearray": _bytearray,
     "builtins.complex": _complex,
     "builtins.range": _range,
     "builtins.slice": _slice,
-    "metaflow.exception.MetaflowExceptionWrapper": _caught_exception,
 }
+#: What @catch leaves and what every failed task has: an object with three strings.
+EXCEPTION = "metaflow.exception.MetaflowExceptionWrapper"
 
 
 class _Reader:
@@ -128,13 +122,15 @@ class _Reader:
 class _Machine:
     """The stack machine. One method an opcode, found in `_OPCODES`."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, exception_type: type | None) -> None:
         self.reader = _Reader(data)
+        self.exception_type = exception_type
         self.stack: list[Any] = []
         self.memo: list[Any] = []
         self.memory = MEMORY
         # Items of keys that may be looked at; more is a key used over and over.
         self.hashing = 1_000_000 + 16 * len(data)
+        self.hashes: dict[tuple[int, int], int] = {}
         # A pickle holds the content of each of its byte arrays: more means that
         # it copies one of them over and over.
         self.copied = len(data)
@@ -228,13 +224,28 @@ class _Machine:
         self.charge(tuple, len(values), 1)
         self.push(tuple(values))
 
-    def keys(self, values: list[Any]) -> list[Any]:
+    def keys(self, values: list[Any], target: object) -> list[Any]:
         """Dictionary keys or set members: hashable, and in reasonable time."""
-        level = values
+        for value in values:
+            # All hashes but those of strings and bytes can be made to collide,
+            # and then each insertion looks at all that is there.
+            if type(value) not in _SAFE_KEYS and not (
+                type(value) is int and value.bit_length() < 61
+            ):
+                self.hashing -= 1
+                mark = (id(target), self._hash(value))
+                count = self.hashes[mark] = self.hashes.get(mark, 0) + 1
+                if count > COLLISIONS:
+                    raise Refused("the pickle has keys that are made to collide")
+        return values
+
+    def _hash(self, value: Any) -> int:
+        """The hash of a key, if it isn't nested too deep for that."""
+        level = [value]
         for _ in range(KEY_DEPTH):
             nested = [v for v in level if type(v) in (tuple, frozenset)]
             if not nested:
-                return values
+                return hash(value)
             self.hashing -= sum(map(len, nested))
             if self.hashing < 0:
                 break
@@ -257,7 +268,7 @@ class _Machine:
             raise Refused("the pickle has a dictionary with half an item")
         self.charge(dict, len(pairs) // 2)
         try:
-            target.update(zip(self.keys(pairs[::2]), pairs[1::2]))
+            target.update(zip(self.keys(pairs[::2], target), pairs[1::2]))
         except TypeError:
             raise Refused("the pickle has a dictionary key that can't be one") from None
 
@@ -271,7 +282,8 @@ class _Machine:
         values = self._pop_to_mark()
         self.charge(set, len(values))
         try:
-            self._top(set).update(self.keys(values))
+            target = self._top(set)
+            target.update(self.keys(values, target))
         except TypeError:
             raise Refused("the pickle has a set member that can't be one") from None
 
@@ -279,7 +291,7 @@ class _Machine:
         values = self._pop_to_mark()
         self.charge(frozenset, len(values), 1)
         try:
-            self.push(frozenset(self.keys(values)))
+            self.push(frozenset(self.keys(values, values)))
         except TypeError:
             raise Refused("the pickle has a set member that can't be one") from None
 
@@ -305,8 +317,9 @@ class _Machine:
 
     def _name(self, module: str, name: str) -> None:
         text = f"{module}.{name}"
-        if text not in CONSTRUCTORS:
-            raise Refused(f"the pickle refers to `{text[:200]}`", text[:200])
+        if text not in CONSTRUCTORS and text != EXCEPTION:
+            shown = ascii(text[:200])[1:-1]  # it is shown on terminals
+            raise Refused(f"the pickle refers to `{shown}`", shown)
         self.push(_Name(text))
 
     def stack_global(self) -> None:
@@ -324,9 +337,11 @@ class _Machine:
         callee = self._pop()
         if type(callee) is not _Name or type(args) is not tuple:
             raise Refused("the pickle calls something that is no constructor")
-        for arg in args:
-            if type(arg) is bytes:
-                self.copied -= len(arg)
+        if callee.text == EXCEPTION:
+            _only(args, type(None))
+            self.push(self._new_exception())
+            return
+        self.copied -= sum(len(a) for a in args if type(a) is bytes)
         if self.copied < 0:
             raise Refused("the pickle expands to more than it holds")
         try:
@@ -334,9 +349,18 @@ class _Machine:
         except (TypeError, ValueError):
             raise Refused("a constructor has arguments that it is never pickled with") from None
 
+    def _new_exception(self) -> Any:
+        if self.exception_type is None:
+            from metaflow.exception import MetaflowExceptionWrapper
+
+            self.exception_type = MetaflowExceptionWrapper
+        exception = self.exception_type()
+        exception.__dict__.update(exception="", type="", stacktrace=None)
+        return exception
+
     def build(self) -> None:
         (state,) = self._pop_values(1)
-        target = self._top(MetaflowExceptionWrapper)
+        target = self._top(self.exception_type or _Name)
         if type(state) is not dict or not _EXCEPTION_FIELDS.issuperset(state):
             raise Refused("an exception has a state that it is never pickled with")
         if any(type(v) not in (str, type(None)) for v in state.values()):
@@ -392,16 +416,19 @@ _OPCODES: dict[int, Callable[[_Machine], object]] = {
 }
 
 
-def load_data(data: bytes) -> Any:
+def load_data(data: bytes, exception_type: type | None = None) -> Any:
     """The plain data that a pickle describes.
 
     Builtin containers, numbers, strings and bytes, and the exceptions that
     Metaflow records, each as deep and as shared as pickle would make them.
 
+    Args:
+        exception_type: stands for Metaflow's exception wrapper; that by default.
+
     Raises:
         Refused: the bytes are anything else. Nothing of them was run.
     """
     try:
-        return _Machine(data).run()
+        return _Machine(data, exception_type).run()
     except RecursionError:  # comparing keys that are nested
         raise Refused("the pickle is nested too deep") from None

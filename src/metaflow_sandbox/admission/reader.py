@@ -1,0 +1,118 @@
+"""Reads the few values that only the step can know, in a process of its own.
+
+The bytes are hostile, and there are data that take for ever to build or fill the
+memory whatever one forbids. So they are read by a process with little memory and
+time that the launcher can end, and what it prints is plain JSON of a known form.
+
+    request   {"items": [{"name", "form", "file", "raw", "sha"}, …]}, on standard input
+    answer    {name: {"value": …} or {"refused": why}}, on standard output
+
+Runs on a bare interpreter (`-I -S`), since importing Metaflow would take longer
+than all the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
+
+from ..errors import Rejected
+from .blobs import unpacked
+from .text import escape
+
+#: Bytes that one of these values may have as a pickle, unpacked.
+MAX_BYTES = 32 << 20
+MAX_TEXT = 1 << 20
+MAX_FOREACH_TEXT = 10_000
+SECONDS = 10
+MEMORY = 2 << 30
+#: What starts this file as a program; the directory of the packages is its argument.
+PROGRAM = (
+    "import sys; sys.path.insert(0, sys.argv[1]); "
+    "from metaflow_sandbox.admission.reader import main; main()"
+)
+
+
+class Caught:
+    """Stands for Metaflow's exception wrapper, which can't be imported here."""
+
+
+def _harmless(text: str) -> str:
+    """Text without control characters but for line ends."""
+    if len(text) > MAX_TEXT:
+        text = text[:MAX_TEXT] + "…"
+    lines = text.encode("utf-8", "surrogatepass").split(b"\n")
+    return b"\n".join(map(escape, lines)).decode()
+
+
+def _flag(value: Any) -> bool | None:
+    if not isinstance(value, (bool, type(None))):
+        raise Refused("it is not a truth value")
+    return value
+
+
+def _integer(value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value.bit_length() > 62):
+        raise Refused("it is not a number of splits")
+    return None if value is None else int(value)
+
+
+def _texts(value: Any) -> list[str | None] | None:
+    if value is None:
+        return None
+    if type(value) is not list or any(type(v) not in (str, type(None)) for v in value):
+        raise Refused("it is not a list of strings")
+    if any(v is not None and len(v) > MAX_FOREACH_TEXT for v in value):
+        raise Refused("it has strings that are too long")
+    return [None if v is None else _harmless(v).replace("\n", "\u240a") for v in value]
+
+
+def _exception(value: Any) -> dict[str, str | None] | None:
+    if value is None:
+        return None
+    if type(value) is not Caught:
+        raise Refused("it is not an exception as Metaflow records it")
+    return {k: None if v is None else _harmless(v) for k, v in value.__dict__.items()}
+
+
+def _transition(value: Any) -> list[Any] | None:
+    if value is None:
+        return None
+    if type(value) is not tuple or len(value) != 2 or type(value[0]) is not list:
+        raise Refused("it is not a transition")
+    steps, foreach = value
+    if not all(type(s) is str for s in steps) or type(foreach) not in (str, type(None)):
+        raise Refused("it is not a transition")
+    return [steps, foreach]
+
+
+FORMS = {
+    "flag": _flag,
+    "integer": _integer,
+    "texts": _texts,
+    "exception": _exception,
+    "transition": _transition,
+}
+
+
+def read(item: dict[str, Any]) -> dict[str, Any]:
+    """The value of one artifact, or why it is refused."""
+    try:
+        content = unpacked(Path(item["file"]), item["raw"], item["sha"], MAX_BYTES)
+        return {"value": FORMS[item["form"]](load_data(content, Caught))}
+    except (Refused, Rejected) as e:
+        return {"refused": str(e)}
+
+
+def main() -> None:
+    """Answers one request."""
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answer = {item["name"]: read(item) for item in json.load(sys.stdin)["items"]}
+    json.dump(answer, sys.stdout)

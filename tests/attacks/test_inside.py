@@ -1,0 +1,216 @@
+"""What a hostile step can see and reach. Each row is a promise of docs/security.md.
+
+The probe runs in a sandboxed step and reports what it got; the same probe outside
+is the positive control, wherever the machine has what it looks for.
+"""
+
+import json
+import os
+import socket
+import threading
+
+import pytest
+
+PROBE = """
+    import ctypes, glob, json, os, socket, subprocess, sys
+
+    def attempt(function):
+        try:
+            return repr(function())[:200] or True
+        except BaseException as e:
+            return None
+
+    def readable(path):
+        return open(path, "rb").read(100)
+
+    def connect(family, address):
+        with socket.socket(family, socket.SOCK_STREAM) as s:
+            s.settimeout(3)
+            s.connect(address)
+            return True
+
+    def syscall(number, *arguments):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syscall(number, *arguments) < 0:
+            raise OSError(ctypes.get_errno(), "refused")
+        return True
+
+    def everything(host):
+        environ, commands = (
+            "".join(str(attempt(lambda p=p: open(p, "rb").read().count(host["canary"].encode())
+                                and host["canary"]))
+                    for p in glob.glob("/proc/[0-9]*/" + name))
+            for name in ("environ", "cmdline")
+        )
+        return {
+            "host secret file": attempt(lambda: readable(host["secret"])),
+            "datastore of the run": attempt(lambda: os.listdir(host["datastore"])),
+            "home directory": attempt(lambda: os.listdir(host["home"])),
+            "temporary directory": attempt(lambda: os.listdir(host["tmp"])),
+            "shadow": attempt(lambda: readable("/etc/shadow")),
+            "host name resolution": attempt(lambda: readable("/etc/resolv.conf")),
+            "secret in any environment": host["canary"] in environ or None,
+            "secret in any command line": host["canary"] in commands or None,
+            "TCP service of the host": attempt(
+                lambda: connect(socket.AF_INET, ("127.0.0.1", host["port"]))),
+            "abstract socket of the host": attempt(
+                lambda: connect(socket.AF_UNIX, "\\0" + host["abstract"])),
+            "socket file of the host": attempt(lambda: connect(socket.AF_UNIX, host["socket"])),
+            "write to /usr": attempt(lambda: open("/usr/planted", "w")),
+            "write to the Python environment": attempt(
+                lambda: open(os.path.join(sys.prefix, "planted"), "w")),
+            "write to the code package": attempt(
+                lambda: open(os.path.join(os.path.dirname(os.environ["METAFLOW_HOME"]),
+                                          "planted"), "w")),
+            "write to /": attempt(lambda: open("/planted", "w")),
+            "write to /dev": attempt(lambda: open("/dev/planted", "w")),
+            "core pattern": attempt(lambda: open("/proc/sys/kernel/core_pattern", "w")),
+            "new user namespace": attempt(lambda: syscall(272, 0x10000000)),
+            "ptrace": attempt(lambda: syscall(101, 0, 0, 0, 0)),
+            "keyring": attempt(lambda: syscall(250, 0, -3, 1)),
+            "io_uring": attempt(lambda: syscall(425, 1, ctypes.create_string_buffer(200))),
+            "vsock": attempt(lambda: socket.socket(40, socket.SOCK_STREAM)),
+            "packet socket": attempt(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)),
+            "mount": attempt(lambda: syscall(165, b"none", b"/sandbox", b"tmpfs", 0, 0)),
+            "become root": attempt(lambda: os.setuid(0)),
+            "kill a host process": attempt(lambda: os.kill(host["pid"], 0)),
+            "inherited descriptor": attempt(lambda: [
+                n for n in os.listdir("/proc/self/fd") if int(n) > 2
+                and os.path.exists("/proc/self/fd/" + n)
+                and not os.readlink("/proc/self/fd/" + n).startswith(("/proc", "anon", "pipe"))
+            ] or 1 / 0),
+            "capabilities": attempt(lambda: [
+                l for l in open("/proc/self/status")
+                if l.startswith("Cap") and int(l.split()[1], 16)] or 1 / 0),
+            "new privileges": attempt(lambda: "NoNewPrivs:\\t1" in
+                                      open("/proc/self/status").read() and 1 / 0 or True),
+        }
+"""
+FLOW = """
+    import json
+    from metaflow import FlowSpec, sandbox, step
+    from probe import everything
+
+    class Probe(FlowSpec):
+        @sandbox(env=["WANTED"])
+        @step
+        def start(self):
+            import os
+            self.found = everything(%r)
+            self.variables = dict(os.environ)
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Probe()
+"""
+CANARY = "canary-3f9c1b"
+# What this machine doesn't have, or doesn't let even this test do, proves nothing:
+# these have no positive control everywhere.
+UNCONTROLLED = {
+    "shadow", "host name resolution", "core pattern", "vsock", "packet socket", "mount",
+    "become root", "write to /usr", "write to /", "write to /dev", "new user namespace",
+    "io_uring", "keyring", "ptrace", "write to the code package", "capabilities",
+    "inherited descriptor", "write to the Python environment", "secret in any command line",
+    "new privileges",
+}  # fmt: skip
+
+
+@pytest.fixture
+def host(project, tmp_path):
+    """Secrets and services on this machine that a step must not reach."""
+    home = tmp_path / "home"
+    (home / "secret").write_text(CANARY)
+    server = socket.create_server(("127.0.0.1", 0))
+    abstract, path = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    abstract.bind(f"\0{CANARY}-{os.getpid()}")
+    path.bind(str(tmp_path / "socket"))
+    for listening in (server, abstract, path):
+        listening.listen()
+        threading.Thread(target=lambda s=listening: [s.accept() for _ in "12"], daemon=True).start()
+    project.write("probe.py", PROBE)
+    return {
+        "secret": str(home / "secret"), "home": str(home), "tmp": str(project.temporary),
+        "datastore": str(project.directory / ".metaflow"), "canary": CANARY,
+        "port": server.getsockname()[1], "abstract": f"{CANARY}-{os.getpid()}",
+        "socket": str(tmp_path / "socket"), "pid": os.getpid(),
+    }  # fmt: skip
+
+
+def test_a_step_reaches_nothing_of_the_host(project, host):
+    project.write("flow.py", FLOW % host)
+    variables = {"SECRET": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY, "WANTED": "passed on"}
+    project.run("flow.py", "run", env=variables).ok()
+    found, seen = project.client(
+        't = Flow("Probe").latest_run["start"].task; answer = [t.data.found, t.data.variables]'
+    )
+    assert {k: v for k, v in found.items() if v is not None} == {}
+    assert seen["WANTED"] == "passed on"
+    assert "SECRET" not in seen
+    assert CANARY not in json.dumps(seen)
+
+    # The positive control: the same probe outside finds them all.
+    script = f"from probe import everything; answer = everything({host!r})"
+    outside = project.client(script, env={**variables, "PYTHONPATH": str(project.directory)})
+    assert {k for k, v in outside.items() if v is None} - UNCONTROLLED == set()
+
+
+def test_what_a_step_gets_to_know_of_others_is_scrubbed(project):
+    project.write(
+        "flow.py",
+        """
+        import os
+        from metaflow import FlowSpec, environment, sandbox, step
+
+        SECRET = os.environ.get("PLANTED", "")
+
+        class Scrub(FlowSpec):
+            @environment(vars={"TOKEN": SECRET})
+            @step
+            def start(self):
+                self.next(self.look)
+
+            @sandbox
+            @environment(vars={"MINE": "mine", "LD_PRELOAD": "/nonexistent.so"})
+            @step
+            def look(self):
+                hits = []
+                for root in ("/inbox", "/sandbox"):
+                    for folder, _, files in os.walk(root):
+                        for name in files:
+                            try:
+                                data = open(os.path.join(folder, name), "rb").read()
+                            except OSError:
+                                continue
+                            if data[:2] == b"\\x1f\\x8b":
+                                import gzip
+                                data = gzip.decompress(data)
+                            if b"canary" + b"-77" in data:
+                                hits.append(os.path.join(folder, name))
+                self.hits, self.mine = hits, os.environ.get("MINE")
+                self.preload = os.environ.get("LD_PRELOAD")
+                self.steps = sorted(self._graph_info["steps"])
+                self.next(self.end)
+
+            @step
+            def end(self):
+                assert self._graph_info["steps"]["start"]["decorators"][0]["attributes"]
+
+        if __name__ == "__main__":
+            Scrub()
+        """,
+    )
+    import subprocess
+
+    remote = "https://user:canary-77@example.invalid/repo.git"
+    for command in (["init", "-q"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", *command], cwd=project.directory, check=True)
+    project.run("flow.py", "run", env={"PLANTED": "canary-77"}).ok()
+    answer = project.client(
+        'd = Flow("Scrub").latest_run["look"].task.data; '
+        "answer = [d.hits, d.mine, d.preload, d.steps]"
+    )
+    assert answer == [[], "mine", "/nonexistent.so", ["end", "look", "start"]]
