@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(USER),$(shell id -un 2>/dev/null),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-fast test-matrix test-unprivileged bench docs clean
+.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,7 +53,7 @@ bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step_overhead.py
 
 docs: $(VENV)/dev
-	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -42,6 +42,7 @@ class Project:
             "HOME": str(root / "home"),
             "TMPDIR": str(self.temporary),
             "METAFLOW_USER": "tester",
+            "METAFLOW_CLIENT_CACHE_PATH": str(root / "cache"),
             "PYTHONPATH": str(THIRD_PARTY),
             "PYTHONDONTWRITEBYTECODE": "1",
         }

@@ -256,3 +256,32 @@ def test_an_exception_that_a_step_raises_is_text_for_the_host(project, name):
     )
     assert not pwned
     assert any("Evil" in text for text in exception)
+
+
+COLLIDING = """import metaflow.plugins.datastores.serializers.pickle_serializer as p
+            real = p.pickle.dumps
+            slow = {i * ((1 << 61) - 1) for i in range(150)}
+            class Fake:
+                loads = staticmethod(p.pickle.loads)
+                @staticmethod
+                def dumps(obj, protocol=None):
+                    if obj is None:
+                        big = %s
+                        return big
+                    return real(obj, protocol=4)
+            p.pickle = Fake"""
+SLOW = {
+    "keys that collide": 'b"\\x80\\x04\\x8f(" + b"".join(b"\\x8a\\x0b" + '
+    '(i * ((1 << 61) - 1)).to_bytes(11, "little", signed=True) for i in range(300000)) + b"\\x90."',
+    "two hundred million opcodes": 'b"\\x80\\x04(" + b"N" * (200 << 20) + b"l."',
+    "a list that holds itself": 'b"\\x80\\x04]\\x94" + b"h\\x00a" * 40 + b"."',
+    "tuples without end": 'b"\\x80\\x04)" + b"\\x85" * 3000000 + b"."',
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_values_that_take_for_ever_to_read_are_given_up(project, name):
+    done, _ = run(project, COLLIDING % SLOW[name])
+    assert done.code != 0
+    assert "[sandbox]" in done.output
+    assert "Traceback" not in done.output

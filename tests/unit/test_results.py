@@ -321,17 +321,6 @@ def test_an_endless_archive_takes_no_more_disk_and_memory_than_it_may(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 32 << 20
 
 
-def test_endless_small_entries_are_given_up(tmp_path):
-    def endless():
-        number = 0
-        while True:
-            number += 1
-            yield a_blob(b"%d" % number)
-
-    with pytest.raises(Rejected):
-        unpack(endless(), tmp_path, limit=1 << 40)
-
-
 @pytest.mark.parametrize("archive", [
     entry(name="data.json", size=9 << 20), entry(name="card", file="a-b.html", size=65 << 20),
 ], ids=["data.json", "card"])  # fmt: skip
