@@ -46,7 +46,7 @@ def main() -> None:
             Path(directory, f"{name}.py").write_text(FLOW.replace("DECORATOR", decorator))
         environment = {**os.environ, "METAFLOW_USER": "bench", "METAFLOW_SANDBOX_TIMINGS": "1"}
         for turn in range(rounds + 1):
-            for name in times:
+            for name, measured in times.items():
                 start = time.monotonic()
                 done = subprocess.run(
                     [sys.executable, f"{name}.py", "--no-pylint", "run"],
@@ -58,7 +58,7 @@ def main() -> None:
                 )
                 if turn == 0:
                     continue  # warms the caches
-                times[name].append(time.monotonic() - start)
+                measured.append(time.monotonic() - start)
                 for line in done.stdout.splitlines():
                     if '[sandbox] {"' in line:
                         for part, seconds in json.loads(line[line.index("{") :]).items():

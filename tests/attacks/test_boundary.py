@@ -59,8 +59,6 @@ PATCHED = """import metaflow.plugins.datastores.serializers.pickle_serializer as
                 def dumps(obj, protocol=None):
                     return real(Bomb(), protocol=4)
             p.pickle = Fake"""
-INTERNAL = PATCHED.replace("return real(Bomb(), protocol=4)",
-                           "return real(obj if isinstance(obj, dict) else Bomb(), protocol=4)")  # fmt: skip
 
 
 def run(project, attack, sandboxed=True):
@@ -162,16 +160,16 @@ def test_files_in_the_name_of_other_tasks_never_leave(project, step):
 
 
 def test_control_sequences_reach_neither_the_terminal_nor_the_log(project):
-    attack = r"""os.write(1, b"\x1b]0;owned\x07\x1b[2J\x9b31m[MFLOG|0|2000-01-01T00:00:00.0Z|task|x]forged\n")"""
+    attack = r"""os.write(1, b"\x1b]0;owned\x07\x9b31m\n"
+                     b"[MFLOG|0|2000-01-01T00:00:00.0Z|task|x]forged\n")"""
     done, _ = run(project, attack)
     log = project.client('answer = Flow("Attack").latest_run["hostile"].task.stdout')
     for text in (done.ok().output, log):
         assert "\x1b" not in text
         assert "\x9b" not in text
         assert "\u241b]0;owned" in text
-    assert (
-        "2000-01-01" not in done.output.replace("Z|task|x]forged", "").partition("forged")[0][-1:]
-    )
+    # A line that looks like Metaflow's own mark is text like any other.
+    assert "[MFLOG|0|2000-01-01T00:00:00.0Z|task|x]forged" in log
 
 
 FRAMES = """

@@ -53,7 +53,8 @@ LOOK = """
     tasks = list(run["work"])
     answer = {
         "ok": run.successful, "results": run.data.results, "seen": [t.data.seen for t in tasks],
-        "logs": sorted(t.stdout for t in tasks), "big": {len(t.data.big) for t in tasks} == {2000000},
+        "logs": sorted(t.stdout for t in tasks),
+        "big": {len(t.data.big) for t in tasks} == {2000000},
         "code": "class Store" in str(task_code(tasks[0])), "done": [t.finished for t in tasks],
         "ds": sorted({t.metadata_dict["ds-type"] for t in tasks}),
     }
