@@ -69,6 +69,18 @@ class Lease:
             self._lock = -1
 
 
+def _locked(lock: Path) -> bool:
+    """Whether somebody holds this lock. One that is gone went first when a lease was removed."""
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def living(kind: str) -> list[Path]:
     """The leases of a kind whose owners live. Removes those whose owners don't."""
     found = []
@@ -78,11 +90,8 @@ def living(kind: str) -> list[Path]:
                 if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(f"{kind}-"):
-            with contextlib.suppress(OSError), open(path / "lock") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    found.append(path)
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
+            if _locked(path / "lock"):
+                found.append(path)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
     return found

@@ -6,8 +6,11 @@ is the positive control, wherever the machine has what it looks for.
 
 import json
 import os
+import shutil
 import socket
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -127,17 +130,20 @@ def host(project, tmp_path):
     server = socket.create_server(("127.0.0.1", 0))
     abstract, path = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     abstract.bind(f"\0{CANARY}-{os.getpid()}")
-    path.bind(str(tmp_path / "socket"))
+    # Socket paths may have 107 bytes, which a test's own directory can exceed.
+    short = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
+    path.bind(str(short / "socket"))
     for listening in (server, abstract, path):
         listening.listen()
         threading.Thread(target=lambda s=listening: [s.accept() for _ in "12"], daemon=True).start()
     project.write("probe.py", PROBE)
-    return {
+    yield {
         "secret": str(home / "secret"), "home": str(home), "tmp": str(project.temporary),
         "datastore": str(project.directory / ".metaflow"), "canary": CANARY,
         "port": server.getsockname()[1], "abstract": f"{CANARY}-{os.getpid()}",
-        "socket": str(tmp_path / "socket"), "pid": os.getpid(),
+        "socket": str(short / "socket"), "pid": os.getpid(),
     }  # fmt: skip
+    shutil.rmtree(short)
 
 
 def test_a_step_reaches_nothing_of_the_host(project, host):

@@ -531,11 +531,6 @@ def test_an_acknowledgement_that_is_cut_or_broken_deletes_nothing(here, content)
     assert json.loads(frames[-1].payload)["rc"] == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=subprocess.TimeoutExpired,
-    reason="BUG: a follower waits for ever for an agent that is dead",
-)
 def test_a_follower_ends_when_the_step_has_killed_the_agent(here):
     here.start("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
     until(lambda: not any("start" in _words(pid) for pid in here.processes()))
@@ -543,11 +538,6 @@ def test_a_follower_ends_when_the_step_has_killed_the_agent(here):
         follower.wait(1.0)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=subprocess.TimeoutExpired,
-    reason="BUG: a detached agent that can't read its job ends without a word",
-)
 def test_a_follower_ends_when_the_agent_could_not_begin(here):
     command = here.command("start", here.attempt, here.code, here.work, here.spool)
     assert not (here.attempt / "job.json").exists()

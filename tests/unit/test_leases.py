@@ -138,7 +138,6 @@ def test_a_lease_that_was_never_finished_is_swept_at_last():
     assert not new.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the lock goes first, and without it nobody sweeps")
 def test_a_lease_whose_release_was_interrupted_is_removed_by_the_next():
     with another_process() as (victim, left):
         os.unlink(os.path.join(left, "lock"))  # as rmtree does, in no certain order

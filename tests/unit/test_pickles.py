@@ -190,7 +190,6 @@ def test_large_deep_and_circular_data_loads_as_pickle_loads_it(value, protocol):
     assert_loads_as_pickle_does(pickle.dumps(value, protocol), protocol)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the id of a list that is gone stands for many keys")
 @pytest.mark.parametrize(
     "value",
     [
@@ -435,17 +434,9 @@ HOSTILE = {
 }
 
 
-BUILD_ON_A_NAME = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="BUG: _Name has no __dict__, and is no exception"
-)
-
-
 @pytest.mark.parametrize(
     "code",
-    [
-        pytest.param(c, id=name, marks=[BUILD_ON_A_NAME] if name == "BUILD on a name" else [])
-        for name, c in HOSTILE.items()
-    ],
+    [pytest.param(c, id=name) for name, c in HOSTILE.items()],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_what_is_more_than_plain_data_is_refused(code, protocol, spied):
@@ -505,7 +496,6 @@ COUNTED_BOMBS = {
     "sets in a list": b"](" + b"\x8f" * COUNT + b"e",
     "sets made and dropped": b"\x8f0" * COUNT + b"N",
 }
-BUG_COUNT = pytest.mark.xfail(strict=True, reason="BUG: MEMORY doesn't count what names make")
 LARGE_BOMBS = [
     pytest.param(b"(\x91" * COUNT, id="frozensets"),
     pytest.param(b"N\x85" * COUNT, id="tuples"),
@@ -516,11 +506,8 @@ LARGE_BOMBS = [
         b"cmetaflow.exception\nMetaflowExceptionWrapper\n\x94N\x85\x94"
         + b"h\x00h\x01R" * (COUNT // 4),
         id="exceptions",
-        marks=BUG_COUNT,
     ),
-    pytest.param(
-        b"cbuiltins\nbytearray\n\x94" + b"h\x00)R" * COUNT, id="bytearrays", marks=BUG_COUNT
-    ),
+    pytest.param(b"cbuiltins\nbytearray\n\x94" + b"h\x00)R" * COUNT, id="bytearrays"),
 ]
 
 
@@ -633,7 +620,6 @@ def compared_often(key, count):
 SIZE = 4_000_000
 INTEGER = b"\x8b" + struct.pack("<i", SIZE) + b"\x01" * SIZE
 TEXT = b"X" + struct.pack("<I", SIZE) + b"x" * SIZE
-BUG_KEYS = pytest.mark.xfail(strict=True, reason="BUG: keys cost more than is counted")
 BLOW_UPS = [  # each of these crashed or hung an earlier version
     pytest.param(b"}" + nested(400_000) + b"Ns", id="key nested too deep to be hashed"),
     pytest.param(b"\x8f(" + nested(400_000) + b"\x90", id="member nested too deep"),
@@ -644,7 +630,7 @@ BLOW_UPS = [  # each of these crashed or hung an earlier version
     pytest.param(used_often(b"(" + b"N" * 100_000 + b"t", 100_000), id="wide key used often"),
     pytest.param(b"\x8f(" + colliding(60_000) + b"\x90", id="keys of one hash"),
     pytest.param(used_often(INTEGER, 100_000), id="huge number used often"),
-    pytest.param(compared_often(TEXT, 100_000), id="long text used often", marks=BUG_KEYS),
+    pytest.param(compared_often(TEXT, 100_000), id="long text used often"),
 ]
 
 
@@ -785,8 +771,8 @@ def assert_refused_or_same(data, spied):
     # What loads is plain data, so it is safe to let pickle load it too.
     try:
         expected = pickle.loads(data)
-    except (pickle.UnpicklingError, EOFError, ValueError):
-        return
+    except Exception:
+        return  # pickle looks at what is only a hint, such as the length of a frame
     assume(b"MetaflowExceptionWrapper" not in data)  # whose fields we complete
     assert_same(expected, loaded)
 

@@ -169,7 +169,6 @@ def test_a_bad_variable_is_refused_by_its_name_and_its_value_is_not_shown(env):
     assert repr(next(iter(env))).strip("'") in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: says what is wrong, and not what to write instead")
 @pytest.mark.parametrize("env", [["A B"], b"A", ["METAFLOW_HOME"], {"A": 5}], ids=repr)
 def test_a_bad_variable_is_refused_with_a_remedy(env):
     with pytest.raises(InvalidParameter) as refused:
@@ -177,7 +176,6 @@ def test_a_bad_variable_is_refused_with_a_remedy(env):
     assert REMEDY.search(str(refused.value))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: taken for nothing, so that another backend is used")
 @pytest.mark.parametrize("backend", ["", [], 0, False], ids=repr)
 def test_an_empty_backend_is_refused_and_not_replaced_by_the_default(backend):
     with pytest.raises(InvalidParameter, match="backend"):
@@ -191,7 +189,6 @@ def test_a_value_of_a_variable_is_a_secret_that_no_message_shows():
         assert "sk-secret" not in str(refused.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: raises TypeError or OverflowError, a raw traceback")
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -29,6 +29,8 @@ from .text import escape
 MAX_BYTES = 32 << 20
 MAX_TEXT = 1 << 20
 MAX_FOREACH_TEXT = 10_000
+MAX_FOREACH_TEXTS = 16 << 20
+MAX_STEPS, MAX_NAME = 100, 1000
 SECONDS = 10
 MEMORY = 2 << 30
 #: What starts this file as a program; the directory of the packages is its argument.
@@ -69,6 +71,8 @@ def _texts(value: Any) -> list[str | None] | None:
         raise Refused("it is not a list of strings")
     if any(v is not None and len(v) > MAX_FOREACH_TEXT for v in value):
         raise Refused("it has strings that are too long")
+    if len(value) + sum(len(v) for v in value if v is not None) > MAX_FOREACH_TEXTS:
+        raise Refused("it has too many strings")
     return [None if v is None else _harmless(v).replace("\n", "\u240a") for v in value]
 
 
@@ -86,7 +90,9 @@ def _transition(value: Any) -> list[Any] | None:
     if type(value) is not tuple or len(value) != 2 or type(value[0]) is not list:
         raise Refused("it is not a transition")
     steps, foreach = value
-    if not all(type(s) is str for s in steps) or type(foreach) not in (str, type(None)):
+    if len(steps) > MAX_STEPS or type(foreach) not in (str, type(None)):
+        raise Refused("it is not a transition")
+    if any(type(s) is not str or len(s) > MAX_NAME for s in [*steps, foreach or ""]):
         raise Refused("it is not a transition")
     return [steps, foreach]
 

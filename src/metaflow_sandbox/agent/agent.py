@@ -129,11 +129,10 @@ class SpoolSink:
 def alive(directory: str) -> bool:
     """Whether the agent that fills a spool still runs; it may be killed by its step."""
     try:
-        with open(os.path.join(directory, "pid")) as f:
-            os.kill(int(f.read()), 0)
+        with open(os.path.join(directory, "pid")) as f, open(f"/proc/{int(f.read())}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] not in "ZX"  # it may not be reaped
     except (OSError, ValueError):
         return False
-    return True
 
 
 def follow(directory: str, seq: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..errors import ProtocolError
 
 #: Bytes of the longest line: an exit frame with inlined results, in base64 twice.
 MAX_LINE = 4 << 20
+_NUMBER = re.compile(rb"[1-9a-f][0-9a-f]{0,15}\Z")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class FrameDecoder:
             raise ProtocolError("a frame is longer than any that the agent sends", op="stream")
 
     def _parse(self, line: bytes) -> Frame | None:
+        if len(line) > MAX_LINE:
+            raise ProtocolError("a frame is longer than any that the agent sends", op="stream")
         parts = line.split(b" ")
         try:
             magic, seq_text, kind, payload_text, crc = parts
@@ -69,7 +73,8 @@ class FrameDecoder:
             checked = binascii.crc32(line[: -len(crc) - 1]) == int(crc, 16)
         except ValueError:
             raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream") from None
-        if magic != b"mfs1" or kind not in (b"o", b"e", b"x") or not checked:
+        known = magic == b"mfs1" and kind in (b"o", b"e", b"x") and _NUMBER.match(seq_text)
+        if not known or not checked:
             raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream")
         if seq <= self.seq and self._resumable:
             return None

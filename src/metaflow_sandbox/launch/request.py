@@ -30,7 +30,7 @@ class InvalidParameter(SandboxError):
 def _number(name: str, value: Any, unit: str, whole: bool = True) -> Any:
     try:
         number = float(value) if not isinstance(value, bool) else float("nan")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not 0 < number < 1e15 or (whole and number != int(number)):
         kind = "a whole number" if whole else "a number"
@@ -46,7 +46,7 @@ def _text(name: str, value: Any, example: str) -> str:
 
 def _choice(name: str, value: Any, choices: Mapping[str, str | None]) -> str:
     """One of `choices`; a choice that can't be had yet maps to the reason."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         known = " or ".join(f'"{c}"' for c in choices)
         raise InvalidParameter(f"{name}={value!r}: give {known}.")
     if reason := choices[value]:
@@ -63,13 +63,18 @@ def _environment(value: Any) -> tuple[str, ...] | dict[str, str]:
     names = list(value)
     for name in names:
         if not isinstance(name, str) or not _VARIABLE.match(name):
-            raise InvalidParameter(f"env: {name!r} is not a name of an environment variable.")
+            raise InvalidParameter(
+                f"env: {name!r} is not a name of an environment variable. Give names such as "
+                '["OPENAI_API_KEY"].'
+            )
         if name.startswith(("METAFLOW_", "MF_")):
-            raise InvalidParameter(f"env: {name} is Metaflow's own and is set for the step.")
+            raise InvalidParameter(
+                f"env: {name} is Metaflow's own and is set for the step. Leave it out."
+            )
     if isinstance(value, Mapping):
         for name, content in value.items():
             if not isinstance(content, str) or "\0" in content:
-                raise InvalidParameter(f"env: the value of {name} is not a string.")
+                raise InvalidParameter(f"env: the value of {name} is not a string. Give one.")
         return dict(value)
     return tuple(names)
 
@@ -163,7 +168,9 @@ class Request:
         """
         given = dict(deco.attributes)
         given["env"] = deco.env
-        given["backend"] = deco.backend or given["backend"] or metaflow_config.SANDBOX_BACKEND
+        given["backend"] = deco.backend or given["backend"]
+        if given["backend"] is None:
+            given["backend"] = metaflow_config.SANDBOX_BACKEND or None
         if given["trust"] is None:
             given["trust"] = metaflow_config.SANDBOX_TRUST
         values = {k: _CHECKS[k](v) for k, v in given.items() if v is not None}

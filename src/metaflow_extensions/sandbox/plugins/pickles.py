@@ -49,11 +49,12 @@ _SIZES = {  # type: dict[type, tuple[int, int]]
     tuple: (48, 8),
     frozenset: (216, 64),
 }
+#: What an object that a constructor makes takes at the most, but for what it holds.
+_OBJECT = 800
 #: Keys are hashed by recursion in C that nothing checks, and anew for each use.
 KEY_DEPTH = 50
 #: Keys of one container that may have the same hash.
 COLLISIONS = 200
-_SAFE_KEYS = (str, bytes, bool, type(None))
 _EXCEPTION_FIELDS = {"exception", "type", "stacktrace"}
 
 
@@ -130,7 +131,8 @@ class _Machine:
         self.memory = MEMORY
         # Items of keys that may be looked at; more is a key used over and over.
         self.hashing = 1_000_000 + 16 * len(data)
-        self.hashes: dict[tuple[int, int], int] = {}
+        # {id of a container: it (so that its id stays its own), {hash: keys that have it}}
+        self.hashes: dict[int, tuple[object, dict[int, int]]] = {}
         # A pickle holds the content of each of its byte arrays: more means that
         # it copies one of them over and over.
         self.copied = len(data)
@@ -226,17 +228,23 @@ class _Machine:
 
     def keys(self, values: list[Any], target: object) -> list[Any]:
         """Dictionary keys or set members: hashable, and in reasonable time."""
+        hashes = None
         for value in values:
-            # All hashes but those of strings and bytes can be made to collide,
-            # and then each insertion looks at all that is there.
-            if type(value) not in _SAFE_KEYS and not (
-                type(value) is int and value.bit_length() < 61
-            ):
+            kind = type(value)
+            if kind in (str, bytes):
+                self.hashing -= len(value) >> 4  # compared with an equal one that is there
+            # All other hashes can be made to collide, and then each insertion looks
+            # at all that is there.
+            elif not (kind in (bool, type(None)) or (kind is int and value.bit_length() < 61)):
                 self.hashing -= 1
-                mark = (id(target), self._hash(value))
-                count = self.hashes[mark] = self.hashes.get(mark, 0) + 1
-                if count > COLLISIONS:
+                if hashes is None:
+                    _, hashes = self.hashes.setdefault(id(target), (target, {}))
+                key = self._hash(value)
+                hashes[key] = hashes.get(key, 0) + 1
+                if hashes[key] > COLLISIONS:
                     raise Refused("the pickle has keys that are made to collide")
+        if self.hashing < 0:
+            raise Refused("the pickle has keys that are nested too deep, or used too often")
         return values
 
     def _hash(self, value: Any) -> int:
@@ -250,7 +258,7 @@ class _Machine:
             if self.hashing < 0:
                 break
             level = [x for v in nested for x in v]
-        raise Refused("the pickle has keys that are nested too deep")
+        raise Refused("the pickle has keys that are nested too deep, or used too often")
 
     def append(self) -> None:
         (value,) = self._pop_values(1)
@@ -337,6 +345,9 @@ class _Machine:
         callee = self._pop()
         if type(callee) is not _Name or type(args) is not tuple:
             raise Refused("the pickle calls something that is no constructor")
+        self.memory -= _OBJECT
+        if self.memory < 0:
+            raise Refused(f"the pickle expands to more than {MEMORY >> 30} GB")
         if callee.text == EXCEPTION:
             _only(args, type(None))
             self.push(self._new_exception())
@@ -360,7 +371,9 @@ class _Machine:
 
     def build(self) -> None:
         (state,) = self._pop_values(1)
-        target = self._top(self.exception_type or _Name)
+        if self.exception_type is None:  # none was made
+            raise Refused("the pickle changes something that it did not make")
+        target = self._top(self.exception_type)
         if type(state) is not dict or not _EXCEPTION_FIELDS.issuperset(state):
             raise Refused("an exception has a state that it is never pickled with")
         if any(type(v) not in (str, type(None)) for v in state.values()):

@@ -1,0 +1,9 @@
+"""Property tests try the same examples each time; HYPOTHESIS_PROFILE=explore tries new ones."""
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("steady", derandomize=True, database=None)
+settings.register_profile("explore", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
