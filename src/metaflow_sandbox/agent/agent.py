@@ -362,12 +362,11 @@ def collect(job: dict[str, Any], work: str) -> int:
                         raw = bool(json.load(meta).get("cas_raw"))
                     add(path, name="blob", sha=sha, raw=raw)
                     os.unlink(path)
-        cards = os.path.join(
-            root, "mf.cards", task["flow"], "runs", task["run"], "steps", task["step"],
-            "tasks", task["task"], "cards",
-        )  # fmt: skip
-        if os.path.isdir(cards):
-            for name in sorted(os.listdir(cards)):
+        # Metaflow keeps cards below the root that it is given, or else below their own.
+        path = (task["flow"], "runs", task["run"], "steps", task["step"], "tasks", task["task"])
+        for base in (root, os.path.join(root, "mf.cards")):
+            cards = os.path.join(base, *path, "cards")
+            for name in sorted(os.listdir(cards)) if os.path.isdir(cards) else ():
                 if name.endswith(".html"):
                     add(os.path.join(cards, name), name="card", file=name)
         return archive.tell()

@@ -150,6 +150,8 @@ class Staging:
             "METAFLOW_DEFAULT_DATASTORE": "local",
             "METAFLOW_DEFAULT_METADATA": "local",
             "METAFLOW_DATASTORE_SYSROOT_LOCAL": f"{self.work}/datastore",
+            # Looked for above the working directory otherwise, and not found.
+            "METAFLOW_CARD_LOCALROOT": f"{self.work}/datastore/.metaflow/mf.cards",
             "METAFLOW_HOME": f"{self.inside}/metaflow",
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",

@@ -126,9 +126,9 @@ class SandboxDecorator(StepDecorator):
         self.step = step
         self.flow_datastore = flow_datastore
         self.logger = logger
-        # In the task phase this runs inside a sandbox, or on the host for the
-        # sake of some other step: nothing to check there.
-        if not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
+        # There is nothing to check inside a sandbox, where Metaflow starts commands of
+        # its own too (it renders cards), nor on the host for the sake of another task.
+        if inside_sandbox() or not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
             return
         self._refuse_deployers()
         self._refuse_companions(graph[step], decos, environment)
