@@ -33,7 +33,7 @@ check: $(VENV)/dev
 	$(BIN)/mypy
 
 test-fast: $(VENV)/dev
-	$(BIN)/python -m pytest -q tests/unit tests/structural
+	$(BIN)/python -m pytest -q -n 2 tests/unit tests/structural
 
 test: check test-fast
 	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks

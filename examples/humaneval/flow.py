@@ -140,7 +140,10 @@ class HumanEval(FlowSpec):
             Markdown(f"{self.passed} of {len(self.verdicts)} samples passed their tests.")
         )
         values = [
-            {"problem": int(v["task_id"].split("/")[1]), "passed": v["why"] is None}
+            {
+                "problem": int(v["task_id"].split("/")[1]),
+                "verdict": "passed" if v["why"] is None else "failed",
+            }
             for v in self.verdicts
         ]
         current.card.append(
@@ -148,12 +151,18 @@ class HumanEval(FlowSpec):
                 {
                     "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
                     "data": {"values": values},
-                    "mark": "rect",
-                    "width": 600,
+                    "mark": "bar",
+                    "width": 420,
                     "encoding": {
-                        "x": {"bin": {"maxbins": 42}, "field": "problem", "type": "quantitative"},
-                        "y": {"aggregate": "count", "type": "quantitative"},
-                        "color": {"field": "passed", "type": "nominal"},
+                        "x": {"bin": {"step": 10}, "field": "problem", "title": "problem"},
+                        "y": {"aggregate": "count", "title": "samples"},
+                        "color": {
+                            "field": "verdict",
+                            "scale": {
+                                "domain": ["passed", "failed"],
+                                "range": ["#2b8a3e", "#c92a2a"],
+                            },
+                        },
                     },
                 }
             )

@@ -76,8 +76,10 @@ def _locked(lock: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True  # it can't be known, so nothing is removed
     return False
 
 

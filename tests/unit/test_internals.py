@@ -285,7 +285,7 @@ def test_the_values_of_a_foreach_are_short_strings_for_people(values):
 @pytest.mark.parametrize(
     "values",
     [
-        [], ["a"], ["a", "b", "c"], ("a", "b"), "ab", {"a", "b"}, ["a", 1], ["a", b"b"],
+        [], ["a"], ["a", "b", "c"], ("a", "b"), "ab", {"a"}, ["a", 1], ["a", b"b"],
         [["a"], ["b"]], ["a", "x" * 10_001], 2, True, {0: "a", 1: "b"},
     ],
     ids=lambda v: repr(v)[:30],

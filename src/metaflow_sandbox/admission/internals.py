@@ -163,6 +163,8 @@ def admit(position: Position, delivered: Delivered) -> dict[str, Any]:
     if not position.succeeded:
         return values
     if node.type == "foreach":
+        if delivered.get("_transition") is None:
+            return values  # Metaflow's scheduler says that `self.next` was not called
         count = delivered.splits("_foreach_num_splits")
         values["_foreach_num_splits"] = count
         values["_foreach_values"] = delivered.texts("_foreach_values", count)

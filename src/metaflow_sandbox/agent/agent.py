@@ -363,9 +363,9 @@ def collect(job: dict[str, Any], work: str) -> int:
                     add(path, name="blob", sha=sha, raw=raw)
                     os.unlink(path)
         # Metaflow keeps cards below the root that it is given, or else below their own.
-        path = (task["flow"], "runs", task["run"], "steps", task["step"], "tasks", task["task"])
+        parts = (task["flow"], "runs", task["run"], "steps", task["step"], "tasks", task["task"])
         for base in (root, os.path.join(root, "mf.cards")):
-            cards = os.path.join(base, *path, "cards")
+            cards = os.path.join(base, *parts, "cards")
             for name in sorted(os.listdir(cards)) if os.path.isdir(cards) else ():
                 if name.endswith(".html"):
                     add(os.path.join(cards, name), name="card", file=name)

@@ -282,7 +282,7 @@ class Attempt:
                 if decoder.seq > acknowledged:
                     acknowledged = decoder.seq
                     # Without it the step waits; what it does to its own spool is its loss.
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ConnectionLost):
                         await sandbox.write_bytes(f"{spool}/ack", b"%d" % acknowledged)
 
         with plain_errors():

@@ -252,11 +252,15 @@ class _Machine:
         level = [value]
         for _ in range(KEY_DEPTH):
             nested = [v for v in level if type(v) in (tuple, frozenset)]
-            if not nested:
-                return hash(value)
-            self.hashing -= sum(map(len, nested))
+            self.hashing -= sum(map(len, nested)) + sum(
+                v.bit_length() >> 6 if type(v) is int else len(v) >> 4
+                for v in level
+                if type(v) in (int, str, bytes)
+            )
             if self.hashing < 0:
                 break
+            if not nested:
+                return hash(value)
             level = [x for v in nested for x in v]
         raise Refused("the pickle has keys that are nested too deep, or used too often")
 
