@@ -17,6 +17,7 @@ class RemoteLike(Bubblewrap):
     name = "remote-like"
     capabilities = replace(Bubblewrap.capabilities, stream="spool")
     inbox = "/sandbox/inbox"
+    binds_mounts = False
     sandbox_type = RemoteLikeSandbox
 
     async def create(self, spec):

@@ -163,7 +163,7 @@ def admit(position: Position, delivered: Delivered) -> dict[str, Any]:
     if not position.succeeded:
         return values
     if node.type == "foreach":
-        if delivered.get("_transition") is None:
+        if delivered.get("_transition") is delivered.get("_foreach_num_splits") is None:
             return values  # Metaflow's scheduler says that `self.next` was not called
         count = delivered.splits("_foreach_num_splits")
         values["_foreach_num_splits"] = count

@@ -82,8 +82,8 @@ class SandboxSpec:
         labels: plain strings, without secrets or user data, by which it is found again.
         lifetime: seconds after which the provider ends it, whatever happens to us.
         mounts: {absolute path inside: directory on the host}. A backend on this
-            machine binds them read-only, and content that comes later is seen; for
-            others `Sandbox.deliver` copies them.
+            machine binds them read-only, in this order, and content that comes later
+            is seen; for others `Sandbox.deliver` copies them.
         cpu, memory (MB), disk (MB), gpu, image: None where nothing was asked.
         network: False, True, or the hosts that may be reached; None: the backend's default.
     """
@@ -260,6 +260,8 @@ class Backend(ABC):
     inbox: str = "/sandbox/inbox"
     #: A Python interpreter inside, 3.8 or later.
     python: str = "python3"
+    #: Whether `create` binds `SandboxSpec.mounts`, so that `deliver` has nothing to do.
+    binds_mounts: bool = False
 
     @abstractmethod
     async def create(self, spec: SandboxSpec) -> Sandbox:

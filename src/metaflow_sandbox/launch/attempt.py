@@ -34,7 +34,7 @@ from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
 from .job import Job
 from .logs import Budget, LogRelay, write_all
 from .record import Recorder
-from .stage import Staging, code_tree
+from .stage import Staging, code_mounts
 from .store import Parent, parents_of
 
 # The launcher ends the step at its deadline; the provider ends what a dead launcher left.
@@ -141,9 +141,16 @@ class Attempt:
         job, backend = self.job, self.backend
         store = self.recorder.flow_datastore
         staging = Staging(job, backend, directory)
+
+        def load_package() -> bytes:
+            ((_, blob),) = store.load_data([job.package[1]])
+            return bytes(blob)
+
         async with _timed(self.timings, "code"):
-            code = await blocking(partial(code_tree, job.workspace, job.package, store))
-        mounts = {staging.inside: directory, staging.code_inside: code}
+            mounts = await blocking(
+                partial(code_mounts, job.workspace, job.package[0], load_package, backend)
+            )
+        mounts[staging.inside] = directory
         parents: list[Parent] = []
 
         def stage() -> None:

@@ -22,7 +22,7 @@ class Session:
         backends: {step: name of its backend}.
     """
 
-    def __init__(self, flow: str, run_id: str) -> None:
+    def __init__(self) -> None:
         for kind in ("run", "box"):
             living(kind)  # which removes what was left behind by those that were killed
         self.workspace = Lease("run")

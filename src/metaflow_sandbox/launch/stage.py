@@ -20,9 +20,11 @@ import pickle
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import metaflow
 from metaflow import util
 from metaflow.includefile import IncludedFile
 from metaflow.package import MetaflowPackage
@@ -35,6 +37,7 @@ from .store import Parent, blob_files
 # Sends back with the exit frame what is no larger than this.
 INLINE_BYTES = 256 << 10
 PROCESSES = 1024
+_METAFLOW = ".mf_code/metaflow"
 _INFO_KEPT = {
     "platform",
     "environment_type",
@@ -54,23 +57,53 @@ _METAFLOW_CONFIG = {
 _INCLUDED_FILE = str(IncludedFile)
 
 
-def code_tree(workspace: Path, package: tuple[str, str, str], flow_datastore: Any) -> Path:
-    """The unpacked and scrubbed code package, made by whoever needs it first.
+def code_mounts(
+    workspace: Path, metadata: str, load: Callable[[], bytes], backend: Backend
+) -> dict[str, Path]:
+    """The directories with the code, as mounts.
+
+    A backend that binds directories gets Metaflow from where it is installed, since
+    that is what Metaflow packages: it need not be unpacked, and its bytecode is there.
+
+    Args:
+        metadata: the code package's, as Metaflow writes it.
+        load: gives the package's bytes.
+    """
+    inside = f"{backend.inbox}/code"
+    if not backend.binds_mounts:
+        return {inside: code_tree(workspace / "code", metadata, load)}
+    tree = code_tree(workspace / "code-without-metaflow", metadata, load, without=_METAFLOW)
+    return {inside: tree, f"{inside}/{_METAFLOW}": Path(metaflow.__file__).parent}
+
+
+def code_tree(
+    target: Path, metadata: str, load: Callable[[], bytes], without: str | None = None
+) -> Path:
+    """The unpacked and scrubbed code package of a run, made by whoever needs it first.
+
+    Args:
+        without: a directory of the package that stays empty.
 
     Returns:
-        A directory that is complete and that nobody changes any more.
+        `target`, a directory that is complete and that nobody changes any more.
     """
-    metadata, sha, _ = package
-    target = workspace / f"code-{sha}"
     if target.is_dir():
         return target
-    with open(workspace / f"code-{sha}.lock", "w") as lock:
+    with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target
-        new = Path(tempfile.mkdtemp(dir=workspace))
-        ((_, blob),) = flow_datastore.load_data([sha])
-        MetaflowPackage.cls_extract_into(metadata, io.BytesIO(blob), str(new))
+        new = Path(tempfile.mkdtemp(dir=target.parent))
+        archiver = MetaflowPackage.get_backend(metadata)
+        with archiver.cls_open(io.BytesIO(load())) as archive:
+            members = [
+                name
+                for name in archiver.cls_list_names(archive)
+                if without is None or not name.startswith(f"{without}/")
+            ]
+            archiver.cls_extract_members(archive, members, str(new))
+        if without is not None:
+            (new / without).mkdir(parents=True, exist_ok=True)
         info = new / ".mf_meta" / "INFO"
         if info.is_file():
             kept = {k: v for k, v in json.loads(info.read_text()).items() if k in _INFO_KEPT}

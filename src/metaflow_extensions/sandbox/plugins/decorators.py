@@ -206,7 +206,7 @@ class SandboxDecorator(StepDecorator):
                 # (LD_PRELOAD, PYTHONPATH); the launcher passes them to the step.
                 deco.runtime_step_cli = lambda *args, **kwargs: None
         if SandboxDecorator._session is None:
-            SandboxDecorator._session = Session(flow.name, run_id)
+            SandboxDecorator._session = Session()
         try:
             SandboxDecorator._session.admit(self.step, self.request, self.logger)
         except SandboxError as e:

@@ -439,6 +439,7 @@ class Bubblewrap(Backend):
     capabilities = Capabilities(memory=True, disk=True, network=("none",), stream="pipe")
     work = policy.WORK
     inbox = "/inbox"
+    binds_mounts = True
     python = sys.executable
     sandbox_type: ClassVar[type[BubblewrapSandbox]] = BubblewrapSandbox
 

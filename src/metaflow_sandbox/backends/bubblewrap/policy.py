@@ -78,13 +78,15 @@ class Options:
     def __init__(self) -> None:
         self.args: list[str] = []
         self._made = {"/", "/usr", "/proc", "/dev"}
+        self._bound: list[str] = []
 
     def add(self, *args: str) -> None:
         self.args += args
 
     def parents(self, path: str) -> None:
         for ancestor in _ancestors(path):
-            if ancestor not in self._made:
+            inside = any(ancestor.startswith(f"{bound}/") for bound in self._bound)
+            if ancestor not in self._made and not inside:
                 self._made.add(ancestor)
                 self.add("--perms", "0755", "--dir", ancestor)
 
@@ -92,6 +94,7 @@ class Options:
         self.parents(str(target))
         self.add("--ro-bind", str(source), str(target))
         self._made.add(str(target))
+        self._bound.append(str(target))
 
     def data(self, fd: int, target: str) -> None:
         self.parents(target)
