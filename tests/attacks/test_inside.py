@@ -155,6 +155,7 @@ def test_a_step_reaches_nothing_of_the_host(project, host):
     )
     assert {k: v for k, v in found.items() if v is not None} == {}
     assert seen["WANTED"] == "passed on"
+    assert seen["HOME"].startswith("/sandbox") and seen["TMPDIR"].startswith("/sandbox")
     assert "SECRET" not in seen
     assert CANARY not in json.dumps(seen)
 

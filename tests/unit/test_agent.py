@@ -198,11 +198,12 @@ def test_what_the_agent_fails_at_is_reported_and_is_no_success(here):
 # --- what a step gets -----------------------------------------------------------
 
 
-def test_the_step_gets_the_jobs_environment_and_nothing_of_the_agents(here, monkeypatch):
-    monkeypatch.setenv("SECRET_OF_THE_LAUNCHER", "1")
+def test_the_step_gets_the_sandboxs_environment_and_the_jobs_over_it(here, monkeypatch):
+    monkeypatch.setenv("OF_THE_SANDBOX", "1")
+    monkeypatch.setenv("NAME", "another value")
     here.env = {"NAME": "a value", "EMPTY": ""}
-    ended = here.run("import sys; sys.stdout.write(open('/proc/self/environ').read())")
-    assert ended.out == b"NAME=a value\0EMPTY=\0"
+    script = "import os; print([os.environ[n] for n in ('NAME', 'EMPTY', 'OF_THE_SANDBOX')])"
+    assert here.run(script).out == b"['a value', '', '1']\n"
 
 
 def test_the_step_gets_three_descriptors_and_an_empty_stdin(here):

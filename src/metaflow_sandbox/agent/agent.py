@@ -253,7 +253,8 @@ def spawn(job: dict[str, Any], work: str) -> tuple[int, int, int]:
             resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.chdir(os.path.join(work, "flow"))
-            os.execvpe(job["argv"][0], job["argv"], job["env"])
+            environment = {**os.environ, **job["env"]}
+            os.execvpe(job["argv"][0], job["argv"], environment)
         except BaseException as e:
             os.write(2, f"the step could not be started: {e}\n".encode())
         finally:

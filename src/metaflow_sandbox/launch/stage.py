@@ -109,11 +109,11 @@ def code_tree(
             kept = {k: v for k, v in json.loads(info.read_text()).items() if k in _INFO_KEPT}
             info.write_text(json.dumps(kept))
         for folder, _, files in os.walk(new):
-            os.chmod(folder, 0o755)
+            os.chmod(folder, 0o755)  # under root the step runs as another user
             for name in files:
-                path = os.path.join(folder, name)
-                if not os.path.islink(path):
-                    os.chmod(path, 0o644)
+                path = Path(folder, name)
+                if not path.is_symlink():
+                    path.chmod(path.stat().st_mode & 0o777 | 0o444)
         new.rename(target)
     return target
 
@@ -123,8 +123,6 @@ class Staging:
 
     Attributes:
         directory: on the host; the sandbox sees it at `inside`.
-        rewritten: {name: (key, record, content)} of the artifacts whose inner
-            copy differs from the host's.
     """
 
     def __init__(self, job: Job, backend: Backend, directory: Path) -> None:
