@@ -97,9 +97,9 @@ def code_tree(
         archiver = MetaflowPackage.get_backend(metadata)
         with archiver.cls_open(io.BytesIO(load())) as archive:
             members = [
-                name
-                for name in archiver.cls_list_names(archive)
-                if without is None or not name.startswith(f"{without}/")
+                member
+                for member in archiver.cls_list_members(archive)
+                if without is None or not archiver.cls_member_name(member).startswith(f"{without}/")
             ]
             archiver.cls_extract_members(archive, members, str(new))
         if without is not None:
