@@ -23,8 +23,7 @@ class Session:
     """
 
     def __init__(self) -> None:
-        for kind in ("run", "box"):
-            living(kind)  # which removes what was left behind by those that were killed
+        self._sweep()
         self.workspace = Lease("run")
         self.package: tuple[str, str, str] | None = None
         self.backends: dict[str, str] = {}
@@ -73,6 +72,12 @@ class Session:
             self._preflights[backend.name] = anyio.run(backend.preflight)
         return self._preflights[backend.name]
 
+    @staticmethod
+    def _sweep() -> None:
+        for kind in ("run", "box"):
+            living(kind)  # which removes what was left behind by those that were killed
+
     def close(self) -> None:
         """Removes the run's directory, with whatever killed launchers left in it."""
         self.workspace.release()
+        self._sweep()

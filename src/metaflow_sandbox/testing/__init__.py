@@ -12,6 +12,10 @@ A backend's own tests subclass `BackendContract` and give it one fixture:
 Every test makes its own sandboxes and destroys them.
 """
 
-from .contract import BackendContract
+import pytest
+
+pytest.register_assert_rewrite("metaflow_sandbox.testing.contract")
+
+from .contract import BackendContract  # noqa: E402 - after pytest knows of it
 
 __all__ = ["BackendContract"]
