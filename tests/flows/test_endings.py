@@ -140,20 +140,23 @@ def test_running_out_of_memory_is_said(project):
 
 
 def running(project):
-    """Waits until the step of a started flow runs, and gives its launcher's process id."""
+    """Waits until a started flow's launcher has a sandbox, and gives its process id."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 command = (path / "cmdline").read_bytes()
-                mine = str(project.temporary).encode() in (path / "environ").read_bytes()
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                launcher = Path(f"/proc/{parent}")
+                if (
+                    b"bwrap\0--args" in command
+                    and b"sandbox\0step\0" in (launcher / "cmdline").read_bytes()
+                    and str(project.temporary).encode() in (launcher / "environ").read_bytes()
+                ):
+                    return parent
             except OSError:
                 continue
-            if mine and b"sandbox\0step\0" in command and (project.directory / "ready").exists():
-                return int(path.name)
-        if project.leases() and any("box-" in name for name in project.leases()):
-            (project.directory / "ready").touch()
-        time.sleep(0.1)
+        time.sleep(0.05)
     raise AssertionError("the step never started")
 
 
