@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-METAFLOW_USER ?= $(or $(USER),$(shell id -un 2>/dev/null),demo)
+# Metaflow takes no run from `root` without a name.
+METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
 .PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench docs clean
