@@ -91,7 +91,7 @@ class HumanEval(FlowSpec):
         self.next(self.run, foreach="work")
 
     @catch(var="crash", print_exception=False)
-    @sandbox(timeout=30, memory=1024, disk=256, network=False)
+    @sandbox(timeout=30, disk=256, network=False)
     @step
     def run(self):
         namespace = {"__name__": "sample"}
