@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -25,7 +26,10 @@ def launch(context: Any, options: dict[str, Any]) -> int:
         # A scheduler that is killed can't tell us; then nobody wants the results.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if options["scheduler"] not in (None, os.getppid()):
-            return 1  # it ended before we could ask to be told
+            # It ended before we could ask to be told; or something else started us.
+            with contextlib.suppress(OSError):
+                print("[sandbox] the scheduler of this task has ended", file=sys.stderr)
+            return 1
     try:
         job = Job.from_context(context, options)
         backend = registry.load(job.backend)
