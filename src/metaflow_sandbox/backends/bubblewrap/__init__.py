@@ -110,6 +110,32 @@ def _memfd(name: str, content: bytes) -> int:
     return fd
 
 
+def end_orphans() -> None:
+    """Ends what launchers left that were killed while bubblewrap started.
+
+    Bubblewrap's child waits to be told to go on, and until then isn't bound to its
+    parent's life: one whose parent is no bubblewrap waits for ever. It runs nothing.
+    """
+    own_depth = len(_status("self").get("NSpid", "").split())
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_bytes()
+            status = _status(path.name)
+            if (
+                b"/run/box.py" in command
+                and b"bwrap" in command.partition(b"\0")[0]
+                and path.stat().st_uid == os.getuid()
+                and len(status["NSpid"].split()) > own_depth
+                and Path("/proc", status["PPid"], "cmdline").read_bytes() != command
+            ):
+                os.kill(int(path.name), signal.SIGKILL)
+
+
+def _status(process: str) -> dict[str, str]:
+    lines = Path("/proc", process, "status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (x.partition(":") for x in lines)}
+
+
 class BubblewrapSandbox(Sandbox):
     """One bubblewrap process and the socket to the box in it. Made by `start` alone."""
 
@@ -121,6 +147,7 @@ class BubblewrapSandbox(Sandbox):
         self._init = -1  # pidfd of the first process inside
         self._group: cgroup.MemoryGroup | None = None
         self._ended = False
+        self._info_text = b""
 
     @classmethod
     async def start(cls, backend: Bubblewrap, program: str, spec: SandboxSpec) -> BubblewrapSandbox:
@@ -196,6 +223,7 @@ class BubblewrapSandbox(Sandbox):
             options += ["--block-fd", str(block_read)]
             args = pass_on(_memfd("args", b"\0".join(o.encode() for o in options)))
             errors = keep(os.memfd_create("errors"))
+            self._info, self._errors = info, errors
             # Spawned from this thread, not from a worker: --die-with-parent follows
             # the thread, and this one lives as long as the event loop.
             self._process = subprocess.Popen(  # noqa: ASYNC220
@@ -228,15 +256,14 @@ class BubblewrapSandbox(Sandbox):
 
     async def _open_init(self, info: int, errors: int) -> None:
         os.set_blocking(info, False)
-        text = b""
-        while b"}" not in text:
+        while b"}" not in self._info_text:
             await anyio.wait_readable(info)
             if not (piece := os.read(info, 4096)):
                 raise BackendUnavailable(self._said(errors), op="create")
-            text += piece
-        self._init = os.pidfd_open(json.loads(text)["child-pid"])
+            self._info_text += piece
+        self._init_pid = json.loads(self._info_text)["child-pid"]
+        self._init = os.pidfd_open(self._init_pid)
         self._cleanup.callback(os.close, self._init)
-        self._init_pid = json.loads(text)["child-pid"]
 
     def _limit(self, megabytes: int, pid: int) -> None:
         try:
@@ -419,6 +446,12 @@ class BubblewrapSandbox(Sandbox):
             return
         self._ended = True
         with anyio.CancelScope(shield=True):
+            if self._process is not None and self._init < 0:
+                # Killed before it has told its child to go on, bubblewrap leaves a child
+                # that waits for it for ever: learn who that is first.
+                errors = (SandboxError, OSError, ValueError)
+                with anyio.move_on_after(5), contextlib.suppress(*errors):
+                    await self._open_init(self._info, self._errors)
             if self._init >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._init, signal.SIGKILL)
@@ -448,6 +481,7 @@ class Bubblewrap(Backend):
 
     async def preflight(self) -> Preflight:
         """Makes one sandbox and runs `true` in it: no reading of versions or settings."""
+        end_orphans()
         notes = ["steps have no network: this backend can't give one yet."]
         if not cgroup.available():
             notes.append(
