@@ -5,12 +5,7 @@ It is bubblewrap underneath, so that these paths run against a real sandbox.
 
 from dataclasses import replace
 
-from metaflow_sandbox.backends.base import Sandbox
-from metaflow_sandbox.backends.bubblewrap import Bubblewrap, BubblewrapSandbox
-
-
-class RemoteLikeSandbox(BubblewrapSandbox):
-    deliver = Sandbox.deliver
+from metaflow_sandbox.backends.bubblewrap import Bubblewrap
 
 
 class RemoteLike(Bubblewrap):
@@ -18,7 +13,6 @@ class RemoteLike(Bubblewrap):
     capabilities = replace(Bubblewrap.capabilities, stream="spool")
     inbox = "/sandbox/inbox"
     binds_mounts = False
-    sandbox_type = RemoteLikeSandbox
 
     async def create(self, spec):
         return await super().create(replace(spec, mounts={}))

@@ -185,12 +185,14 @@ class Sandbox(ABC):
     async def deliver(self, mounts: Mapping[str, Path]) -> None:
         """Brings the content of host directories to their paths inside.
 
-        By default as one archive, which the sandbox's own Python unpacks.
-        A backend that bound the directories when it made the sandbox does nothing.
+        As one archive, which the sandbox's own Python unpacks; nothing is left to do
+        where the backend bound the directories (`Backend.binds_mounts`).
 
         Raises:
             SandboxError: the archive could not be unpacked.
         """
+        if self.backend.binds_mounts:
+            return
         with tempfile.TemporaryFile() as file:
 
             def pack() -> None:

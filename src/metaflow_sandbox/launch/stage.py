@@ -1,6 +1,7 @@
 """Lays out what goes into a sandbox: two directories on the host, and nothing else.
 
-    code/       the unpacked code package, the same for all tasks of a run
+    code/       the unpacked code package, the same for all tasks of a run; without
+                Metaflow itself where the backend can bind the installed one
     attempt/    agent.py, job.json, input-paths, metaflow/config.json, files/,
                 datastore/ with the records and blobs of the attempt's own inputs
 

@@ -22,7 +22,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -390,9 +390,6 @@ class BubblewrapSandbox(Sandbox):
                     scope.cancel()
         return code
 
-    async def deliver(self, mounts: Mapping[str, Path]) -> None:
-        """Nothing: they are bound."""
-
     async def read(self, path: str) -> AsyncIterator[bytes]:
         out, inside = os.pipe()
         try:
@@ -474,7 +471,6 @@ class Bubblewrap(Backend):
     inbox = "/inbox"
     binds_mounts = True
     python = sys.executable
-    sandbox_type: ClassVar[type[BubblewrapSandbox]] = BubblewrapSandbox
 
     def limits(self) -> Capabilities:
         return replace(self.capabilities, memory=cgroup.available())
@@ -513,7 +509,7 @@ class Bubblewrap(Backend):
         problems = []
         for program in _candidates():
             try:
-                return await self.sandbox_type.start(self, program, spec)
+                return await BubblewrapSandbox.start(self, program, spec)
             except BackendUnavailable as e:
                 problems.append(f"{program}: {e}")
         if problems:
