@@ -30,7 +30,14 @@ def base() -> Path:
     Raises:
         SandboxError: somebody else made it, or it can't be made.
     """
-    path = Path(tempfile.gettempdir(), f"metaflow-sandbox-{os.getuid()}")
+    try:
+        path = Path(tempfile.gettempdir(), f"metaflow-sandbox-{os.getuid()}")
+    except FileNotFoundError as e:
+        raise SandboxError(
+            "there is no directory for temporary files that can be written: set TMPDIR to one; in "
+            "a container with --read-only add --tmpfs /tmp.",
+            op="lease",
+        ) from e
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         found = path.lstat()

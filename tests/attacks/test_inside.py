@@ -1,7 +1,7 @@
-"""What a hostile step can see and reach. Each row is a promise of docs/security.md.
+"""What a whole hostile step sees of the host and of other steps, and what it is told.
 
 The probe runs in a sandboxed step and reports what it got; the same probe outside
-is the positive control, wherever the machine has what it looks for.
+is the positive control. `test_isolation.py` has the attacks on the sandbox itself.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 PROBE = """
-    import ctypes, glob, json, os, socket, subprocess, sys
+    import glob, os, socket
 
     def attempt(function):
         try:
@@ -23,70 +23,28 @@ PROBE = """
         except BaseException as e:
             return None
 
-    def readable(path):
-        return open(path, "rb").read(100)
-
     def connect(family, address):
         with socket.socket(family, socket.SOCK_STREAM) as s:
             s.settimeout(3)
             s.connect(address)
             return True
 
-    def syscall(number, *arguments):
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syscall(number, *arguments) < 0:
-            raise OSError(ctypes.get_errno(), "refused")
-        return True
-
     def everything(host):
-        environ, commands = (
-            "".join(str(attempt(lambda p=p: open(p, "rb").read().count(host["canary"].encode())
-                                and host["canary"]))
-                    for p in glob.glob("/proc/[0-9]*/" + name))
-            for name in ("environ", "cmdline")
-        )
+        environ = "".join(
+            str(attempt(lambda p=p: host["canary"].encode() in open(p, "rb").read()))
+            for p in glob.glob("/proc/[0-9]*/environ"))
         return {
-            "host secret file": attempt(lambda: readable(host["secret"])),
+            "host secret file": attempt(lambda: open(host["secret"]).read()),
             "datastore of the run": attempt(lambda: os.listdir(host["datastore"])),
             "home directory": attempt(lambda: os.listdir(host["home"])),
             "temporary directory": attempt(lambda: os.listdir(host["tmp"])),
-            "shadow": attempt(lambda: readable("/etc/shadow")),
-            "host name resolution": attempt(lambda: readable("/etc/resolv.conf")),
-            "secret in any environment": host["canary"] in environ or None,
-            "secret in any command line": host["canary"] in commands or None,
+            "secret in any environment": "True" in environ or None,
             "TCP service of the host": attempt(
                 lambda: connect(socket.AF_INET, ("127.0.0.1", host["port"]))),
             "abstract socket of the host": attempt(
                 lambda: connect(socket.AF_UNIX, "\\0" + host["abstract"])),
             "socket file of the host": attempt(lambda: connect(socket.AF_UNIX, host["socket"])),
-            "write to /usr": attempt(lambda: open("/usr/planted", "w")),
-            "write to the Python environment": attempt(
-                lambda: open(os.path.join(sys.prefix, "planted"), "w")),
-            "write to the code package": attempt(
-                lambda: open(os.path.join(os.path.dirname(os.environ["METAFLOW_HOME"]),
-                                          "planted"), "w")),
-            "write to /": attempt(lambda: open("/planted", "w")),
-            "write to /dev": attempt(lambda: open("/dev/planted", "w")),
-            "core pattern": attempt(lambda: open("/proc/sys/kernel/core_pattern", "w")),
-            "new user namespace": attempt(lambda: syscall(272, 0x10000000)),
-            "ptrace": attempt(lambda: syscall(101, 0, 0, 0, 0)),
-            "keyring": attempt(lambda: syscall(250, 0, -3, 1)),
-            "io_uring": attempt(lambda: syscall(425, 1, ctypes.create_string_buffer(200))),
-            "vsock": attempt(lambda: socket.socket(40, socket.SOCK_STREAM)),
-            "packet socket": attempt(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW)),
-            "mount": attempt(lambda: syscall(165, b"none", b"/sandbox", b"tmpfs", 0, 0)),
-            "become root": attempt(lambda: os.setuid(0)),
-            "kill a host process": attempt(lambda: os.kill(host["pid"], 0)),
-            "inherited descriptor": attempt(lambda: [
-                n for n in os.listdir("/proc/self/fd") if int(n) > 2
-                and os.path.exists("/proc/self/fd/" + n)
-                and not os.readlink("/proc/self/fd/" + n).startswith(("/proc", "anon", "pipe"))
-            ] or 1 / 0),
-            "capabilities": attempt(lambda: [
-                l for l in open("/proc/self/status")
-                if l.startswith("Cap") and int(l.split()[1], 16)] or 1 / 0),
-            "new privileges": attempt(lambda: "NoNewPrivs:\\t1" in
-                                      open("/proc/self/status").read() and 1 / 0 or True),
+            "a process of the host": attempt(lambda: os.kill(host["pid"], 0)),
         }
 """
 FLOW = """
@@ -111,15 +69,6 @@ FLOW = """
         Probe()
 """
 CANARY = "canary-3f9c1b"
-# What this machine doesn't have, or doesn't let even this test do, proves nothing:
-# these have no positive control everywhere.
-UNCONTROLLED = {
-    "shadow", "host name resolution", "core pattern", "vsock", "packet socket", "mount",
-    "become root", "write to /usr", "write to /", "write to /dev", "new user namespace",
-    "io_uring", "keyring", "ptrace", "write to the code package", "capabilities",
-    "inherited descriptor", "write to the Python environment", "secret in any command line",
-    "new privileges",
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -162,7 +111,7 @@ def test_a_step_reaches_nothing_of_the_host(project, host):
     # The positive control: the same probe outside finds them all.
     script = f"from probe import everything; answer = everything({host!r})"
     outside = project.client(script, env={**variables, "PYTHONPATH": str(project.directory)})
-    assert {k for k, v in outside.items() if v is None} - UNCONTROLLED == set()
+    assert {k for k, v in outside.items() if v is None} == set()
 
 
 def test_what_a_step_gets_to_know_of_others_is_scrubbed(project):

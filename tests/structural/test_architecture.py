@@ -15,6 +15,8 @@ TRAVELS = sorted((SOURCE / "metaflow_extensions").rglob("*.py"))
 PROGRAMS = [
     SOURCE / "metaflow_sandbox/agent/agent.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/box.py",
+    SOURCE / "metaflow_sandbox/backends/bubblewrap/enter.py",
+    SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",
 ]
 HOST = sorted((SOURCE / "metaflow_sandbox").rglob("*.py"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -26,10 +28,12 @@ LAYERS = {
     "concurrency": set(),
     "leases": {"errors"},
     "agent": {"errors"},
-    "backends": {"errors", "concurrency", "leases"},
+    "egress": set(),
+    "backends": {"errors", "concurrency", "leases", "egress"},
     "admission": {"errors"},
     "launch": {"errors", "concurrency", "leases", "agent", "backends", "admission"},
     "testing": {"errors", "backends"},
+    "cli": {"errors", "backends"},
 }
 
 

@@ -25,7 +25,7 @@ from typing import ClassVar
 
 import anyio
 
-from ..errors import SandboxError
+from ..errors import NotEnforceable, SandboxError
 
 #: Receives a piece of a stream; awaiting it is the back-pressure.
 Sink = Callable[[bytes], Awaitable[None]]
@@ -97,6 +97,13 @@ class SandboxSpec:
     gpu: int | None = None
     image: str | None = None
     network: bool | Sequence[str] | None = None
+
+
+def network_kind(network: bool | Sequence[str]) -> str:
+    """Which of "none", "hosts" and "internet" a `network` parameter asks for."""
+    if isinstance(network, bool):
+        return "internet" if network else "none"
+    return "hosts"
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,23 @@ class Sandbox(ABC):
     def diagnose(self) -> str | None:
         """What is known from outside about a bad end: that memory ran out, that it was evicted."""
         return None
+
+    def remarks(self) -> list[str]:
+        """What else the user should know of what happened, in sentences: refused hosts."""
+        return []
+
+    async def keep(self, mounts: Mapping[str, Path]) -> str:
+        """Leaves what is needed to look into this sandbox, which is destroyed after it.
+
+        Only called where `Capabilities.keep` is declared.
+
+        Args:
+            mounts: those that somebody who looks needs, and that hold no secret.
+
+        Returns:
+            The command by which it is entered.
+        """
+        raise NotEnforceable(f"{self.backend.name} can't keep a sandbox", op="keep")
 
     async def write_bytes(self, path: str, data: bytes) -> None:
         """Writes a small file."""
@@ -289,6 +313,40 @@ class Backend(ABC):
             BackendUnavailable: they can't, with the commands that mend it.
         """
         return Preflight(self.name)
+
+    async def prepare(self, image: str | None) -> None:  # noqa: B027 - most have nothing to do
+        """Gets an image ready, once a run, before any task starts.
+
+        Raises:
+            SandboxError: it isn't there, or can't be used, with what to do.
+        """
+
+    def interpreter(self, image: str | None) -> str:
+        """The Python inside a sandbox made from this image (None: the backend's own choice)."""
+        return self.python
+
+    async def shell(self, name: str, argv: Sequence[str]) -> int:
+        """Runs a command, at the user's terminal if there is one, in what `keep` left.
+
+        Returns:
+            Its exit code.
+        """
+        raise NotEnforceable(f"{self.name} has no shell", op="shell")
+
+    def refuse(self, spec: SandboxSpec) -> None:
+        """For `create` to begin with.
+
+        Raises:
+            NotEnforceable: the spec asks for something that can't be had here.
+        """
+        limits = self.limits()
+        for name in ("cpu", "memory", "disk", "gpu", "image"):
+            if getattr(spec, name) is not None and not getattr(limits, name):
+                raise NotEnforceable(f"{name} can't be had from {self.name} here", op="create")
+        if spec.network is not None:
+            kind = network_kind(spec.network)
+            if kind not in limits.network:
+                raise NotEnforceable(f"{self.name} can't give the network {kind!r}", op="create")
 
     def limits(self) -> Capabilities:
         """The capabilities in force on this machine; by default what the class declares."""

@@ -29,10 +29,10 @@ from ..admission import internals, reader, results
 from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
-from ..concurrency import blocking, plain_errors
+from ..concurrency import blocking, plain_errors, write_all
 from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
 from .job import Job
-from .logs import Budget, LogRelay, write_all
+from .logs import Budget, LogRelay
 from .record import Recorder
 from .stage import Staging, code_mounts
 from .store import Parent, parents_of
@@ -107,6 +107,8 @@ class Attempt:
         self.backend = backend
         self.recorder = recorder
         self.timings: dict[str, float] = {}
+        self._python = self.request.executable or backend.interpreter(self.request.image)
+        self._code: dict[str, Path] = {}  # the mounts that hold no secret
         self._sandbox: Sandbox | None = None
         self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
         budget = Budget(self._output_bytes)
@@ -123,11 +125,13 @@ class Attempt:
             try:
                 parents = await self._prepare(directory)
                 outcome = await self._run_step()
-                return await self._finish(outcome, parents, directory)
+                code = await self._finish(outcome, parents, directory)
             except (SandboxError, Rejected, Failed, OSError) as e:
                 await self._say(str(e))
                 await blocking(self.recorder.fail)
-                return 1
+                code = 1
+            await self._part(failed=code != 0)
+            return code
         finally:
             with anyio.CancelScope(shield=True):
                 await self._destroy()
@@ -150,6 +154,7 @@ class Attempt:
             mounts = await blocking(
                 partial(code_mounts, job.workspace, job.package[0], load_package, backend)
             )
+        self._code = dict(mounts)
         mounts[staging.inside] = directory
         parents: list[Parent] = []
 
@@ -242,7 +247,7 @@ class Attempt:
 
     def _agent(self, *arguments: str) -> list[str]:
         inbox = self.backend.inbox
-        return [self.backend.python, "-I", "-S", f"{inbox}/attempt/agent.py", *arguments]
+        return [self._python, "-I", "-S", f"{inbox}/attempt/agent.py", *arguments]
 
     def _directories(self) -> tuple[str, str, str]:
         return f"{self.backend.inbox}/attempt", f"{self.backend.inbox}/code", self.backend.work
@@ -337,7 +342,8 @@ class Attempt:
         delivered = results.Results()
         if outcome.problem is None:
             delivered = await self._collect(outcome, directory)
-        await self._destroy()
+        if self.request.keep is None:
+            await self._part(failed=False)
         explained = False
         if delivered.complete:
             limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
@@ -442,6 +448,20 @@ class Attempt:
             f"Install it here (pip install {wanted}), or name it for the step: "
             f'@pypi(packages={{"{package}": "{number}"}}) or image=…, where the backend has these.'
         )
+
+    async def _part(self, failed: bool) -> None:
+        """Says what the user should know of the sandbox, keeps it if asked to, and destroys it."""
+        if self._sandbox is None:
+            return
+        for remark in self._sandbox.remarks():
+            await self._say(harmless(remark))
+        if failed and self.request.keep:
+            try:
+                how = await self._sandbox.keep(self._code)
+                await self._say(f"the step's files were kept. Look at them with: {how}")
+            except (SandboxError, OSError, TimeoutError) as e:
+                await self._say(f"the step's files could not be kept: {harmless(str(e))}")
+        await self._destroy()
 
     async def _destroy(self) -> None:
         if self._sandbox is not None:

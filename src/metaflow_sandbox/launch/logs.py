@@ -7,29 +7,16 @@ any datastore, and those that came before a crash of the launcher are kept.
 
 from __future__ import annotations
 
-import contextlib
-import os
-
-import anyio
 from metaflow.mflog import TASK_LOG_SOURCE
 from metaflow.mflog.mflog import decorate, set_should_persist
 
 from ..admission.text import escape
+from ..concurrency import write_all
 
 #: A longer line is passed on in pieces.
 LINE_BYTES = 64 << 10
 #: What Metaflow's mark adds to a line.
 MARK_BYTES = 80
-# A pipe that is reported as writable takes this much without blocking.
-_PIECE = 4096
-
-
-async def write_all(fd: int, data: bytes) -> None:
-    """Writes to a pipe, terminal or file without blocking the event loop on a slow reader."""
-    for start in range(0, len(data), _PIECE):
-        with contextlib.suppress(PermissionError, OSError):  # a regular file can't be waited for
-            await anyio.wait_writable(fd)
-        os.write(fd, data[start : start + _PIECE])
 
 
 class Budget:

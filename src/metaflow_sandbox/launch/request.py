@@ -12,7 +12,7 @@ from metaflow import metaflow_config
 from metaflow.plugins.timeout_decorator import get_run_time_limit_for_task
 
 from ..backends import registry
-from ..backends.base import Backend
+from ..backends.base import Backend, network_kind
 from ..errors import NotEnforceable, SandboxError
 
 #: Seconds that a step which has a @timeout may go on after it, to record its failure.
@@ -252,11 +252,10 @@ class Request:
                     f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
                     "that has it (docs/configuration.md has the table)."
                 )
-        if (network := self.network) is not None:
-            wanted = "hosts" if isinstance(network, tuple) else ("none", "internet")[network]
-            if wanted not in limits.network:
-                raise NotEnforceable(
-                    f"network={network!r} can't be had from {backend.name}, which gives: "
-                    f"{', '.join(limits.network)}. Leave it out, or choose another backend."
-                )
+        network = self.network
+        if network is not None and network_kind(network) not in limits.network:
+            raise NotEnforceable(
+                f"network={network!r} can't be had from {backend.name}, which gives: "
+                f"{', '.join(limits.network)}. Leave it out, or choose another backend."
+            )
         return replace(self, **dropped), notes

@@ -36,11 +36,13 @@ class Session:
         Raises:
             BackendUnavailable: it doesn't, with the commands that mend it.
             NotEnforceable: it can't do what the step asks for.
+            SandboxError: its image can't be used.
             InvalidParameter: `env` names a variable that isn't set.
         """
         request.variables()
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
+        anyio.run(backend.prepare, request.image)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
         lines += [f"{backend.name}: {note}" for note in preflight.notes]

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ..backends.base import Backend, Sandbox, SandboxSpec
-from ..errors import SandboxGone
+from ..backends.base import Backend, Sandbox, SandboxSpec, network_kind
+from ..errors import ConnectionLost, NotEnforceable, SandboxError, SandboxGone
 
 BIG = 32 << 20
 _HERE = Path(__file__).parent
@@ -106,6 +107,23 @@ class BackendContract:
                 with pytest.raises(SandboxGone):
                     await sandbox.run(["sleep", "60"])
 
+    async def test_a_sandbox_ends_with_its_lifetime(self, backend: Backend) -> None:
+        labels = {"metaflow-run": uuid.uuid4().hex}
+        async with self.made(backend, SandboxSpec(labels, lifetime=3, disk=64)) as sandbox:
+            with anyio.fail_after(120), pytest.raises((SandboxGone, ConnectionLost)):
+                # What ignores signals ends too.
+                await sandbox.run(["sh", "-c", "trap '' TERM ALRM; sleep 90; sleep 90"])
+
+    @pytest.mark.parametrize("milliseconds", [1, 10, 30, 100])
+    async def test_a_creation_that_is_cancelled_leaves_nothing(
+        self, backend: Backend, milliseconds: int
+    ) -> None:
+        labels = {"metaflow-run": uuid.uuid4().hex}
+        with anyio.move_on_after(milliseconds / 1000):
+            sandbox = await backend.create(SandboxSpec(labels, disk=64))
+            await sandbox.destroy()
+        assert await backend.list(labels) == []
+
     async def test_two_sandboxes_see_nothing_of_each_other(self, backend: Backend) -> None:
         async with self.made(backend) as one, self.made(backend) as other:
             path = f"{backend.work}/mine"
@@ -160,6 +178,27 @@ class BackendContract:
     async def test_arguments_arrive_as_they_are(self, sandbox: Sandbox, argument: str) -> None:
         script = "import os, sys; sys.stdout.buffer.write(os.fsencode(sys.argv[1]))"
         assert (await self.python(sandbox, script, argument))[1] == argument.encode()
+
+    async def test_a_command_has_no_input(self, sandbox: Sandbox) -> None:
+        with anyio.fail_after(20):
+            assert await self.python(sandbox, "print(repr(input()))") != (0, b"", b"")
+            assert (await sandbox.run(["cat"])).exit_code == 0
+
+    async def test_a_directory_that_is_not_there_fails_the_command(self, sandbox: Sandbox) -> None:
+        assert await sandbox.exec(["true"], cwd="/no/such/directory") != 0
+
+    async def test_arguments_may_be_long(self, sandbox: Sandbox) -> None:
+        script = "import sys; print(len(sys.argv[1]))"
+        assert (await self.python(sandbox, script, "x" * 32_000))[1] == b"32000\n"
+
+    async def test_commands_run_side_by_side(self, sandbox: Sandbox) -> None:
+        wait = "until [ -e $0 ]; do sleep 0.05; done; touch $1"
+        work = sandbox.backend.work
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(sandbox.run, ["sh", "-c", wait, f"{work}/b", f"{work}/c"])
+                await sandbox.run(["touch", f"{work}/b"])
+                await sandbox.run(["sh", "-c", wait, f"{work}/c", f"{work}/d"])
 
     async def test_variables_are_added_and_the_directory_is_used(self, sandbox: Sandbox) -> None:
         out = bytearray()
@@ -217,6 +256,33 @@ class BackendContract:
             expected.update(bytes([i % 256]) * 65536)
         assert (size, digest.digest()) == (BIG, expected.digest())
 
+    async def test_both_streams_may_be_full_at_once(self, sandbox: Sandbox) -> None:
+        script = (
+            "import os\nfor i in range(64):\n os.write(1, b'o' * 65536)\n os.write(2, b'e' * 65536)"
+        )
+        sizes = {"o": 0, "e": 0}
+
+        async def out(data: bytes) -> None:
+            sizes["o"] += len(data)
+
+        async def err(data: bytes) -> None:
+            sizes["e"] += len(data)
+
+        with anyio.fail_after(60):
+            await sandbox.exec([sandbox.backend.python, "-c", script], on_stdout=out, on_stderr=err)
+        assert sizes == {"o": 64 * 65536, "e": 64 * 65536}
+
+    async def test_a_slow_reader_loses_nothing(self, sandbox: Sandbox) -> None:
+        size = 0
+
+        async def slow(data: bytes) -> None:
+            nonlocal size
+            await anyio.sleep(0.01)
+            size += len(data)
+
+        await sandbox.exec(["sh", "-c", "head -c 2000000 /dev/zero"], on_stdout=slow)
+        assert size == 2_000_000
+
     async def test_a_daemon_does_not_hold_a_command_up(self, sandbox: Sandbox) -> None:
         with anyio.fail_after(20):
             done = await sandbox.run(["sh", "-c", "sleep 60 & echo done"])
@@ -261,6 +327,22 @@ class BackendContract:
         await sandbox.write_bytes(path, data)
         assert await sandbox.read_bytes(path, BIG) == data
 
+    @pytest.mark.parametrize("name", ["a'b", 'a"b', "a b", "$HOME", "a\nb", "-n", "ü"])
+    async def test_names_of_files_are_taken_as_they_are(self, sandbox: Sandbox, name: str) -> None:
+        path = f"{sandbox.backend.work}/{name}"
+        await sandbox.write_bytes(path, b"x")
+        assert (await sandbox.run(["cat", path])).stdout == b"x"
+        assert await sandbox.read_bytes(path, 10) == b"x"
+
+    async def test_a_reader_that_stops_harms_nobody(self, sandbox: Sandbox) -> None:
+        path = f"{sandbox.backend.work}/big"
+        await sandbox.write_bytes(path, bytes(4 << 20))
+        with pytest.raises(OverflowError):
+            await sandbox.read_bytes(path, 10)
+        with anyio.move_on_after(0.001):
+            await sandbox.read_bytes(path, 8 << 20)
+        assert len(await sandbox.read_bytes(path, 8 << 20)) == 4 << 20
+
     async def test_files_are_seen_by_commands(self, sandbox: Sandbox) -> None:
         path = f"{sandbox.backend.work}/x"
         await sandbox.write_bytes(path, b"in")
@@ -276,6 +358,13 @@ class BackendContract:
             await sandbox.read_bytes(work, 100)
         with pytest.raises(IsADirectoryError):
             await sandbox.write_bytes(work, b"")
+        await sandbox.write_bytes(f"{work}/file", b"")
+        with pytest.raises(OSError):
+            await sandbox.write_bytes(f"{work}/file/below", b"")
+        await sandbox.run(["chmod", "000", f"{work}/file"])
+        if (await sandbox.run(["id", "-u"])).stdout != b"0\n":
+            with pytest.raises(PermissionError):
+                await sandbox.read_bytes(f"{work}/file", 100)
 
     async def test_what_is_no_file_can_not_block_a_reader(self, sandbox: Sandbox) -> None:
         path = f"{sandbox.backend.work}/fifo"
@@ -306,13 +395,97 @@ class BackendContract:
         assert limits.network
         assert limits.stream in ("pipe", "spool")
 
+    async def test_what_it_does_not_declare_is_refused(self, backend: Backend) -> None:
+        limits = backend.limits()
+        asked: dict[str, SandboxSpec] = {
+            "cpu": SandboxSpec(cpu=1),
+            "memory": SandboxSpec(memory=256),
+            "disk": SandboxSpec(disk=64),
+            "gpu": SandboxSpec(gpu=1),
+            "image": SandboxSpec(image="python:3.12"),
+        }
+        refused = [spec for name, spec in asked.items() if not getattr(limits, name)]
+        networks: dict[str, bool | list[str]] = {
+            "none": False,
+            "internet": True,
+            "hosts": ["example.com"],
+        }
+        for kind, network in networks.items():
+            if kind not in limits.network:
+                refused.append(SandboxSpec(network=network))
+        for spec in refused:
+            with pytest.raises(NotEnforceable):
+                await backend.create(spec)
+
+    async def test_an_image_that_is_not_there_is_found_out_early(self, backend: Backend) -> None:
+        if not backend.limits().image:
+            return
+        with pytest.raises(SandboxError) as caught:
+            await backend.prepare("no/such/image/anywhere:nowhere")
+        assert caught.value.code
+        assert "no/such/image" in str(caught.value)
+
     async def test_memory_is_limited_where_that_is_declared(self, backend: Backend) -> None:
         if not backend.limits().memory:
             return
+        script = "import time; x = bytearray(600 << 20); time.sleep(2)"
         async with self.made(backend, SandboxSpec(memory=256, disk=64)) as sandbox:
-            code, _, _ = await self.python(sandbox, "x = bytearray(600 << 20)")
-            assert code != 0
+            with contextlib.suppress(SandboxGone):
+                code, _, _ = await self.python(sandbox, script)
+                assert code != 0
             assert "memory" in (sandbox.diagnose() or "")
+
+    async def test_memory_of_many_processes_is_limited_together(self, backend: Backend) -> None:
+        if not backend.limits().memory:
+            return
+        script = (
+            "import os, time\nfor i in range(6):\n if os.fork() == 0:\n"
+            "  x = b'x' * (80 << 20); time.sleep(3); os._exit(0)\n"
+            "while True:\n try: os.wait()\n except ChildProcessError: break"
+        )
+        async with self.made(backend, SandboxSpec(memory=256, disk=64)) as sandbox:
+            with contextlib.suppress(SandboxGone):
+                await self.python(sandbox, script)
+            # The command itself may have ended well; the attempt has not.
+            assert "memory" in (sandbox.diagnose() or "")
+
+    async def test_files_in_memory_count_as_memory(self, backend: Backend) -> None:
+        limits = backend.limits()
+        if not limits.memory or not limits.disk or limits.stream != "pipe":
+            return
+        script = "import time; open('big', 'wb').write(bytes(500 << 20)); time.sleep(2)"
+        async with self.made(backend, SandboxSpec(memory=256, disk=1024)) as sandbox:
+            with contextlib.suppress(SandboxGone):
+                await self.python(sandbox, script)
+            assert "memory" in (sandbox.diagnose() or "")
+
+    async def test_what_stays_below_its_limits_is_left_alone(self, backend: Backend) -> None:
+        limits = backend.limits()
+        spec = SandboxSpec(
+            memory=512 if limits.memory else None,
+            cpu=1 if limits.cpu else None,
+            disk=256 if limits.disk else None,
+        )
+        async with self.made(backend, spec) as sandbox:
+            # Shared by forks: counted once.
+            script = (
+                "import os, time\nx = b'x' * (200 << 20)\nfor i in range(4):\n"
+                " if os.fork() == 0: time.sleep(1.5); os._exit(0)\n"
+                "for i in range(4): os.wait()\nprint('well')"
+            )
+            assert (await self.python(sandbox, script))[:2] == (0, b"well\n")
+            assert sandbox.diagnose() is None
+
+    async def test_cpu_is_limited_where_that_is_declared(self, backend: Backend) -> None:
+        if not backend.limits().cpu:
+            return
+        script = (
+            "import time\nstart = time.monotonic()\nwhile time.monotonic() - start < 2: pass\n"
+            "print(time.process_time() / (time.monotonic() - start))"
+        )
+        async with self.made(backend, SandboxSpec(cpu=0.3, disk=64)) as sandbox:
+            _, out, _ = await self.python(sandbox, script)
+            assert float(out) < 0.6
 
     async def test_disk_is_limited_where_that_is_declared(self, backend: Backend) -> None:
         if not backend.limits().disk:
@@ -327,7 +500,49 @@ class BackendContract:
         if "none" not in backend.limits().network:
             return
         async with self.made(backend, SandboxSpec(network=False, disk=64)) as sandbox:
-            script = "import socket; socket.create_connection(('1.1.1.1', 53), timeout=5)"
-            code, _, err = await self.python(sandbox, script)
+            code, _, err = await self.python(sandbox, _CONNECT, "1.1.1.1", "53")
             assert code != 0
-            assert b"OSError" in err or b"Error" in err
+            assert b"Error" in err
+
+    @pytest.mark.parametrize("network", [True, ["allowed.invalid"]])
+    async def test_this_machine_is_never_part_of_the_network(
+        self, backend: Backend, network: bool | list[str]
+    ) -> None:
+        if network_kind(network) not in backend.limits().network:
+            return
+        with socket.create_server(("0.0.0.0", 0)) as server:  # noqa: S104 - that is the point
+            port = str(server.getsockname()[1])
+            own = {"127.0.0.1", socket.gethostbyname(socket.gethostname())}
+            async with self.made(backend, SandboxSpec(network=network, disk=64)) as sandbox:
+                for address in own:
+                    for script in (_CONNECT, _FETCH):
+                        code, _, _ = await self.python(sandbox, script, address, port)
+                        assert code != 0
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()
+
+    async def test_a_host_that_is_not_listed_is_refused(self, backend: Backend) -> None:
+        if "hosts" not in backend.limits().network:
+            return
+        spec = SandboxSpec(network=["allowed.invalid"], disk=64)
+        async with self.made(backend, spec) as sandbox:
+            for script in (_CONNECT, _FETCH):
+                code, _, _ = await self.python(sandbox, script, "other.invalid", "80")
+                assert code != 0
+
+    async def test_what_is_kept_has_a_way_in(self, backend: Backend, tmp_path: Path) -> None:
+        if not backend.limits().keep:
+            return
+        async with self.made(backend) as sandbox:
+            await sandbox.write_bytes(f"{backend.work}/note", b"look here")
+            assert await sandbox.keep({})
+
+
+_CONNECT = (
+    "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+)
+_FETCH = (
+    "import sys, urllib.request as u; "
+    "u.urlopen('http://%s:%s/' % (sys.argv[1], sys.argv[2]), timeout=5)"
+)

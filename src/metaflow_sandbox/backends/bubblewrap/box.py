@@ -1,17 +1,28 @@
 """Runs inside a bubblewrap sandbox as its first process, and starts what the host asks for.
 
-    box.py CONTROL_FD LIFETIME [UID]
+    box.py CONTROL_FD CONFIG
 
 The host sends one message an operation over a private socket, with the file
 descriptors that the operation works on. So output goes straight from the
 command's pipe to the host: nothing is copied or framed on the way. The first
 descriptor is always the operation's own line to the host: the exit code is
 written to it, and the operation ends when the host closes it. When the control
-socket closes, or after LIFETIME seconds, this process ends, and the kernel ends
+socket closes, or when its lifetime is over, this process ends, and the kernel ends
 everything in the sandbox.
 
-Until UID is taken this runs with the right to change its user; nothing of the
-step's runs before. Standard library only; it trusts the host and nobody trusts it.
+CONFIG is a JSON object:
+
+    lifetime    seconds
+    processes   how many processes and threads there may be
+    uid         the user to become, or null. Until then this runs with the right to
+                change its user; nothing of the step's runs before
+    memory      bytes that processes and files may use, or null where control groups
+                limit that: looked at ten times a second
+    inodes      how many files there may be, looked at with `memory`
+    proxy       a port on the loopback device, or null: listened at here, since this
+                is the sandbox's network, and answered by the host
+
+Standard library only; it trusts the host and nobody trusts it.
 """
 
 from __future__ import annotations
@@ -20,8 +31,11 @@ import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
+import resource
+import select
 import selectors
 import shutil
 import signal
@@ -36,10 +50,13 @@ if TYPE_CHECKING:
 
 PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 4, 24, 36, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+TIOCSCTTY = 0x540E
 CAPABILITY_VERSION_3 = 0x20080522
 MESSAGE = 60_000
 MAX_ALARM = (1 << 31) - 1
 LAST_CAPABILITY = 63
+WATCH_SECONDS = 0.1
+SCRATCH = ("/sandbox", "/tmp", "/dev/shm")
 
 
 def prctl(option: int, value: int) -> None:
@@ -81,6 +98,13 @@ def children_of(root: int) -> set[int]:
         found |= more
 
 
+def reap(*_: object) -> None:
+    """Every process whose parent has ended is the first process's child."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def end_tree() -> None:
     """Ends every process below this one. Daemons too: it is their subreaper."""
     while True:
@@ -90,13 +114,27 @@ def end_tree() -> None:
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        reap()
 
 
 def run_command(request: dict[str, Any], line: socket.socket, out: int, err: int) -> int:
-    """Runs a command to its end, or until the host hangs up. Returns its exit code."""
+    """Runs a command without input to its end, or until the host hangs up."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    return run(request, line, (null, out, err))
+
+
+def run_terminal(request: dict[str, Any], line: socket.socket, terminal: int) -> int:
+    """Runs a command at a terminal of the host's."""
+    return run(request, line, (terminal, terminal, terminal), TIOCSCTTY)
+
+
+def run(
+    request: dict[str, Any],
+    line: socket.socket,
+    streams: tuple[int, int, int],
+    control: int | None = None,
+) -> int:
+    """Runs a command with these descriptors as 0, 1 and 2. Returns its exit code."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     woken, wake = os.pipe()
     for fd in (woken, wake):
@@ -110,10 +148,14 @@ def run_command(request: dict[str, Any], line: socket.socket, out: int, err: int
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            null = os.open(os.devnull, os.O_RDONLY)
-            for number, fd in enumerate((null, out, err)):
+            for number, fd in enumerate(streams):
                 os.dup2(fd, number)
-            os.closerange(3, 256)
+            if control is not None:
+                fcntl.ioctl(0, control, 0)
+            for name in os.listdir("/proc/self/fd"):
+                if int(name) > 2:
+                    with contextlib.suppress(OSError):  # the one that listed them
+                        os.close(int(name))
             os.chdir(request["cwd"])
             os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
         except OSError as e:
@@ -121,8 +163,8 @@ def run_command(request: dict[str, Any], line: socket.socket, out: int, err: int
             os.write(2, f"{request['argv'][0]}: {e.strerror}\n".encode())
         finally:
             os._exit(code)
-    os.close(out)
-    os.close(err)
+    for fd in set(streams):
+        os.close(fd)
     selector = selectors.DefaultSelector()
     selector.register(line, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
@@ -166,7 +208,12 @@ def write_file(request: dict[str, Any], _line: socket.socket, source: int) -> in
 
 
 OPERATIONS: dict[str, Callable[..., int]]
-OPERATIONS = {"exec": run_command, "read": read_file, "write": write_file}
+OPERATIONS = {
+    "exec": run_command,
+    "terminal": run_terminal,
+    "read": read_file,
+    "write": write_file,
+}
 
 
 def receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
@@ -179,34 +226,87 @@ def receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     return json.loads(data) if data else None, list(fds)
 
 
+def resident(pid: int, exact: bool) -> int:
+    """Bytes of memory of a process; `exact` shares out what several have in common."""
+    try:
+        if exact:
+            with open(f"/proc/{pid}/smaps_rollup", "rb") as f:
+                for line in f:
+                    if line.startswith(b"Pss:"):
+                        return int(line.split()[1]) << 10
+        with open(f"/proc/{pid}/statm", "rb") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except PermissionError:  # it hides its memory: count all of it as its own
+        return resident(pid, exact=False)
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def overrun(memory: int, inodes: int) -> bytes | None:
+    """Which of the limits the sandbox has passed, if any."""
+    stored = files = 0
+    for path in SCRATCH:
+        usage = os.statvfs(path)
+        stored += (usage.f_blocks - usage.f_bfree) * usage.f_frsize
+        files += usage.f_files - usage.f_ffree
+    if files > inodes:
+        return b"inodes"
+    pids = children_of(os.getpid())
+    # The sum of what is resident is quick, and too high where processes share memory.
+    for exact in (False, True):
+        if stored + sum(resident(pid, exact) for pid in pids) <= memory:
+            return None
+    return b"memory"
+
+
+def attend(control: socket.socket) -> bool:
+    """Carries out one request in a child. False: the host has hung up."""
+    request, fds = receive(control)
+    if request is None:
+        return False
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.alarm(0)
+        control.close()
+        line = socket.socket(fileno=fds[0])
+        try:
+            code = OPERATIONS[request["op"]](request, line, *fds[1:])
+        except OSError as e:
+            code = e.errno or 255
+        try:
+            line.send(b"%d" % code)
+        finally:
+            os._exit(0)
+    for fd in fds:
+        os.close(fd)
+    return True
+
+
 def main(argv: list[str]) -> None:
     control = socket.socket(fileno=int(argv[0]))
-    signal.alarm(min(int(argv[1]), MAX_ALARM))
-    if len(argv) > 2:
-        drop_privileges(int(argv[2]))
+    config = json.loads(argv[1])
+    # For the first process no signal has an effect unless it is handled.
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+    signal.signal(signal.SIGCHLD, reap)
+    signal.alarm(min(int(config["lifetime"]), MAX_ALARM))
+    ready = [socket.create_server(("127.0.0.1", config["proxy"]))] if config["proxy"] else []
+    if config["uid"] is not None:
+        drop_privileges(config["uid"])
+    resource.setrlimit(resource.RLIMIT_NPROC, (config["processes"], config["processes"]))
     prctl(PR_SET_DUMPABLE, 0)  # no process of the step can look into this one
     os.umask(0o022)
-    control.send(b"ready")
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [r.fileno()])) for r in ready]
+    control.sendmsg([b"ready"], rights)
+    for listener in ready:
+        listener.close()
+    watched = config["memory"] is not None
     while True:
-        request, fds = receive(control)
-        if request is None:
-            return
-        if os.fork() == 0:
-            control.close()
-            line = socket.socket(fileno=fds[0])
-            try:
-                code = OPERATIONS[request["op"]](request, line, *fds[1:])
-            except OSError as e:
-                code = e.errno or 255
-            try:
-                line.send(b"%d" % code)
-            finally:
-                os._exit(0)
-        for fd in fds:
-            os.close(fd)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+        if not watched or select.select([control], [], [], WATCH_SECONDS)[0]:
+            if not attend(control):
+                return
+        elif passed := overrun(config["memory"], config["inodes"]):
+            control.send(passed)
+            return  # and with this process all others end
 
 
 main(sys.argv[1:])

@@ -1,0 +1,53 @@
+"""Gives up root before bubblewrap starts: `enter.py FD`, as real root.
+
+For sandboxes made from an image. Bubblewrap as root would run the image's own
+Python with root's rights until it drops them; so another user runs bubblewrap. That
+user can't reach directories of root's: they are bound to a place where it can, in a
+mount namespace that ends with the sandbox.
+
+FD has a JSON object: `userns`, a user namespace to join first, or null; `binds` from
+each source to its name below `place`; the `uid` to become, and the `argv` to run.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+
+
+def call(name: str, *arguments: bytes | int | None) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def main(argv: list[str]) -> None:
+    with open(int(argv[0]), "rb") as file:
+        config = json.load(file)
+    if config["userns"] is not None:
+        call("setns", config["userns"], CLONE_NEWUSER)
+    call("unshare", CLONE_NEWNS)
+    call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    call("mount", b"tmpfs", config["place"].encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=755")
+    for source, name in config["binds"].items():
+        target = f"{config['place']}/{name}"
+        if os.path.isdir(source):
+            os.mkdir(target)
+        else:
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+        call("mount", os.fsencode(source), target.encode(), None, MS_BIND | MS_REC, None)
+    os.setgroups([])
+    os.setresgid(config["uid"], config["uid"], config["uid"])
+    os.setresuid(config["uid"], config["uid"], config["uid"])
+    os.chdir("/")
+    os.execv(config["argv"][0], config["argv"])
+
+
+main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""Who this process is to the kernel, and a user namespace for a root that may not mount.
+
+A container's root often lacks the right to mount, and may still make a user namespace
+in which it has it. That has two users: root, who mounts, and the one that the step
+becomes, who is nobody outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+from pathlib import Path
+
+from ...errors import BackendUnavailable
+
+_NS_GET_USERNS = 0xB701
+
+
+def global_root() -> bool:
+    """Whether this is the machine's own root, in a container too; not a namespace's.
+
+    The owner of /proc/sys is what decides over writing there. Maps of users don't
+    tell: that of a namespace that real root made looks like a user's.
+    """
+    if os.getuid() != 0:
+        return False
+    try:
+        return os.stat("/proc/sys/kernel").st_uid == 0
+    except OSError:  # a /proc without it, on which bubblewrap fails by itself
+        return True
+
+
+def owner_of(namespace: int) -> int | None:
+    """The user namespace to which another namespace belongs; None if it is our own.
+
+    Returns:
+        A descriptor that the caller closes.
+    """
+    owner = fcntl.ioctl(namespace, _NS_GET_USERNS)
+    if os.path.sameopenfile(owner, (own := os.open("/proc/self/ns/user", os.O_RDONLY))):
+        os.close(owner)
+        owner = -1
+    os.close(own)
+    return owner if owner >= 0 else None
+
+
+def with_two_users(uid: int) -> int:
+    """A new user namespace with root and `uid`, both the same as outside.
+
+    Returns:
+        A descriptor that holds it, and that the caller closes.
+
+    Raises:
+        BackendUnavailable: it can't be made here.
+    """
+    # `cat` answers when `unshare` has done its work.
+    with subprocess.Popen(
+        ["unshare", "--user", "cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={"PATH": "/usr/bin:/bin"},
+    ) as process:
+        if process.stdin is None or process.stdout is None or process.stderr is None:
+            raise RuntimeError("no pipes")
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b".")
+            process.stdin.flush()
+        if process.stdout.read(1) != b".":
+            said = process.stderr.read().decode(errors="replace").strip()
+            raise BackendUnavailable(f"a user namespace for root: {said}", op="create")
+        home = Path("/proc", str(process.pid))
+        try:
+            for name in ("uid_map", "gid_map"):
+                (home / name).write_text(f"0 0 1\n{uid} {uid} 1\n")
+            return os.open(home / "ns" / "user", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise BackendUnavailable(
+                f"a user namespace for root: {e.strerror} (it takes CAP_SETUID, CAP_SETGID and "
+                "CAP_SETFCAP)",
+                op="create",
+            ) from e
+        finally:
+            process.stdin.close()
