@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench docs clean
+.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench bench-start docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,9 @@ test-matrix:
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step_overhead.py
+
+bench-start: $(VENV)/dev
+	$(BIN)/python benchmarks/start.py
 
 docs: $(VENV)/dev
 	$(BIN)/python -m mkdocs build --quiet --strict

@@ -17,7 +17,7 @@ def main() -> None:
     """Looks after the sandboxes of Metaflow steps."""
 
 
-@main.command()
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.argument("name")
 @click.argument("command", nargs=-1)
 @click.option("--backend", default="bubblewrap", show_default=True, help="Who kept it.")
@@ -33,3 +33,7 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     except SandboxError as e:
         raise click.ClickException(str(e)) from None
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,8 @@ Run under `unshare`, so that nothing leaves these namespaces:
 The inner machine has the address OWN and a service on its loopback; beyond it lies a
 machine that is at once a public server, a resolver, a private server and a cloud's
 metadata address. Prints a JSON object: {from where: {what: outcome}}, where "bare" is
-this machine without a sandbox, the control of all others.
+this machine without a sandbox, the control of all others. With arguments it runs them
+as a command on the inner machine.
 """
 
 import contextlib
@@ -157,8 +158,10 @@ def world():
         serve("127.0.0.1", 80, "127.0.0.1")
         serve(OWN, 80, OWN)
         replace("/etc/resolv.conf", f"nameserver {PUBLIC}\n")
-        yield
-        other.stdin.write("end\n")
+        try:
+            yield
+        finally:
+            other.stdin.write("end\n")
 
 
 def arguments(*more):
@@ -197,6 +200,9 @@ async def measure():
 if __name__ == "__main__":
     if sys.argv[1:] == ["beyond"]:
         beyond()
+    elif sys.argv[1:]:
+        with world():
+            sys.exit(subprocess.run(sys.argv[1:]).returncode)
     else:
         import anyio
 

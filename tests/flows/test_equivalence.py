@@ -110,7 +110,10 @@ VIEW = """
 """
 # What may differ: ids and paths of this run, and what a task that ran elsewhere has in addition.
 VARYING = ["run_seen", "_graph_info", "failure", "_catch_exception", "text", "from_constants"]
-ADDED = ["code-package", "sandbox-backend", "ds-root"]
+ADDED = [
+    "code-package", "ds-root", "sandbox-backend", "sandbox-provider", "sandbox-limits",
+    "sandbox-network",
+]  # fmt: skip
 
 
 @pytest.fixture

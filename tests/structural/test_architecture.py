@@ -31,7 +31,7 @@ LAYERS = {
     "egress": set(),
     "backends": {"errors", "concurrency", "leases", "egress"},
     "admission": {"errors"},
-    "launch": {"errors", "concurrency", "leases", "agent", "backends", "admission"},
+    "launch": {"errors", "concurrency", "leases", "agent", "backends", "admission", "egress"},
     "testing": {"errors", "backends"},
     "cli": {"errors", "backends"},
 }

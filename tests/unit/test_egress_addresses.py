@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metaflow_sandbox.egress import NOT_PUBLIC, is_own, is_public, is_reachable
+from metaflow_sandbox.egress.addresses import NOT_PUBLIC, is_own, is_public, is_reachable
 
 PUBLIC = [
     "1.1.1.1",

@@ -24,7 +24,9 @@ import anyio
 import anyio.from_thread
 import pytest
 
-from metaflow_sandbox.egress import Limits, Rules, is_reachable, proxy, resolve
+from metaflow_sandbox.egress.addresses import is_reachable
+from metaflow_sandbox.egress.proxy import Limits, proxy, resolve
+from metaflow_sandbox.egress.rules import Rules
 
 HOST = "allowed.test"
 SECONDS = 20

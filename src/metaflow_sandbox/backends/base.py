@@ -181,6 +181,10 @@ class Sandbox(ABC):
         """What is known from outside about a bad end: that memory ran out, that it was evicted."""
         return None
 
+    def facts(self) -> dict[str, str]:
+        """What is recorded with the attempt: how it is isolated, what limits it. No secrets."""
+        return {}
+
     def remarks(self) -> list[str]:
         """What else the user should know of what happened, in sentences: refused hosts."""
         return []

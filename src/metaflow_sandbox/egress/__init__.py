@@ -14,21 +14,3 @@ What is sent to a listed host is not looked at: whoever can write there can carr
 `exchange`   one plain HTTP request and its response
 `proxy`      the server
 """
-
-from .addresses import NOT_PUBLIC, is_own, is_public, is_reachable
-from .proxy import Limits, Proxy, Reachable, Resolve, proxy, resolve
-from .rules import Rules
-
-__all__ = [
-    "NOT_PUBLIC",
-    "Limits",
-    "Proxy",
-    "Reachable",
-    "Resolve",
-    "Rules",
-    "is_own",
-    "is_public",
-    "is_reachable",
-    "proxy",
-    "resolve",
-]

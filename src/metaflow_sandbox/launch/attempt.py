@@ -172,6 +172,7 @@ class Attempt:
                 tasks.start_soon(create)
                 async with _timed(self.timings, "stage"):
                     await blocking(stage)
+        self.recorder.facts.update(self._made.facts())
         await self._made.deliver(mounts)
         return parents
 

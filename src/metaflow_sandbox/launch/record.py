@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class Recorder:
         self.flow_datastore = context.flow_datastore
         self.metadata = context.metadata
         self.graph = context.graph
+        #: What is known of the sandbox itself: {name of a metadatum: text}.
+        self.facts: dict[str, str] = {}
         self.output = self.flow_datastore.get_task_datastore(
             job.run, job.step, job.task, attempt=job.attempt, mode="w"
         )
@@ -165,14 +167,14 @@ class Recorder:
             _Records(decision.objects, decision.info), list(decision.objects)
         )
         self._save_cards(results)
-        self._register({"attempt_ok": str(succeeded)}, kind="internal_attempt_status")
+        self._end(succeeded)
         self.output.save_metadata({"task_end": {}})
         self.output.done()
         return Verdict(succeeded, values["_exception"] is not None)
 
     def fail(self) -> None:
         """What is recorded of an attempt that left no results."""
-        self._register({"attempt_ok": "False"}, kind="internal_attempt_status")
+        self._end(False)
 
     def end(self) -> None:
         """Stops the heartbeat."""
@@ -241,11 +243,19 @@ class Recorder:
                 ],
             )
 
-    def _register(self, facts: dict[str, Any], kind: str | None = None) -> None:
+    def _end(self, succeeded: bool) -> None:
+        status = {"attempt_ok": "internal_attempt_status"}
+        self._register({**self.facts, "attempt_ok": str(succeeded)}, status)
+
+    def _register(self, facts: dict[str, Any], types: Mapping[str, str] | None = None) -> None:
+        types = types or {}
         tags = [f"attempt_id:{self.job.attempt}"]
         self.metadata.register_metadata(
             self.job.run,
             self.job.step,
             self.job.task,
-            [MetaDatum(field=k, value=v, type=kind or k, tags=tags) for k, v in facts.items()],
+            [
+                MetaDatum(field=k, value=v, type=types.get(k, k), tags=tags)
+                for k, v in facts.items()
+            ],
         )

@@ -13,11 +13,11 @@ from metaflow.plugins.timeout_decorator import get_run_time_limit_for_task
 
 from ..backends import registry
 from ..backends.base import Backend, network_kind
+from ..egress.rules import Rules, is_address
 from ..errors import NotEnforceable, SandboxError
 
 #: Seconds that a step which has a @timeout may go on after it, to record its failure.
 TIMEOUT_MARGIN = 60
-_HOST = re.compile(r"(\*\.)?([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -88,12 +88,21 @@ def _network(value: Any) -> bool | tuple[str, ...]:
             f"network={value!r}: give False, True or a list of hosts, "
             'such as network=["api.openai.com"].'
         )
-    for host in hosts:
-        if not isinstance(host, str) or not _HOST.match(host.lower()):
+    if not all(isinstance(host, str) for host in hosts):
+        raise InvalidParameter(f"network={value!r}: give hosts as strings.")
+    try:
+        rules = Rules(tuple(hosts))
+    except ValueError as e:
+        raise InvalidParameter(f"{e}. Leave out scheme, port and path.") from None
+    from ..egress.addresses import is_public
+
+    for host in rules.hosts or ():
+        if is_address(host) and not is_public(host):
             raise InvalidParameter(
-                f"network: {host!r} is not a host name. Leave out scheme, port and path."
+                f"network: {host} is not on the public internet, and a sandbox reaches nothing "
+                "else. Leave it out."
             )
-    return tuple(host.lower() for host in hosts)
+    return rules.hosts or ()
 
 
 def _list_of_text(name: str, value: Any) -> tuple[str, ...]:

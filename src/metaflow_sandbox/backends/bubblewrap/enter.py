@@ -33,16 +33,19 @@ def main(argv: list[str]) -> None:
         config = json.load(file)
     if config["userns"] is not None:
         call("setns", config["userns"], CLONE_NEWUSER)
+        os.close(config["userns"])  # else the image's programs had it, too
     call("unshare", CLONE_NEWNS)
     call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    # Opened first, since what lies below the place itself is hidden from here on.
+    sources = [os.open(source, os.O_PATH) for source in config["binds"]]
     call("mount", b"tmpfs", config["place"].encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=755")
-    for source, name in config["binds"].items():
-        target = f"{config['place']}/{name}"
+    for fd, name in zip(sources, config["binds"].values()):
+        source, target = f"/proc/self/fd/{fd}", f"{config['place']}/{name}"
         if os.path.isdir(source):
             os.mkdir(target)
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-        call("mount", os.fsencode(source), target.encode(), None, MS_BIND | MS_REC, None)
+        call("mount", source.encode(), target.encode(), None, MS_BIND | MS_REC, None)
     os.setgroups([])
     os.setresgid(config["uid"], config["uid"], config["uid"])
     os.setresuid(config["uid"], config["uid"], config["uid"])

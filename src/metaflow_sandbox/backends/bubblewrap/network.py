@@ -16,13 +16,17 @@ import shutil
 import socket
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from anyio.from_thread import BlockingPortalProvider
 
-from ...egress import NOT_PUBLIC, Proxy, Rules, proxy
+from ...egress.rules import Rules
 from ...errors import BackendUnavailable
 from . import userns
+
+if TYPE_CHECKING:
+    from ...egress.proxy import Proxy
 
 PROXY_PORT = 3128
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -62,6 +66,8 @@ class Gate:
         listener.setblocking(False)
 
         def start() -> Proxy:
+            from ...egress.proxy import proxy
+
             portal = self._cleanup.enter_context(self._portals)
             serving = portal.wrap_async_context_manager(proxy(listener, rules))
             return self._cleanup.enter_context(serving)
@@ -178,6 +184,8 @@ def _enter(owner: int | None, network: int | None = None) -> list[str]:
 
 def rules_text() -> str:
     """What nft loads: the resolver's port, then nothing that isn't public, nor this machine."""
+    from ...egress.addresses import NOT_PUBLIC
+
     refused = [str(n) for n in NOT_PUBLIC if n.version == 4]
     refused += [a for a in own_addresses() if not a.startswith("127.")]
     return f"""

@@ -57,11 +57,6 @@ def explain(problem: str) -> str:
     Args:
         problem: what it said. Only where several reasons are possible does it decide.
     """
-    if "user namespace for root" in problem and "Invalid argument" in problem:
-        return (
-            "You are root in a user namespace that has no other user (unshare -r). Start it "
-            "outside, or as another user."
-        )
     if _text("/proc/sys/user/max_user_namespaces") == "0":
         return "User namespaces are turned off: sudo sysctl user.max_user_namespaces=15000"
     if _text("/proc/sys/kernel/unprivileged_userns_clone") == "0":

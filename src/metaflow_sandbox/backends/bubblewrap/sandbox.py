@@ -22,7 +22,7 @@ import anyio
 import anyio.lowlevel
 
 from ...concurrency import plain_errors
-from ...egress import Rules
+from ...egress.rules import Rules
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease
 from ..base import Sandbox, SandboxSpec, Sink, discard
@@ -128,6 +128,8 @@ class BubblewrapSandbox(Sandbox):
                 await self._answered(spec)
                 if self.way.means is not None:
                     self.way.means.settle(process.pid)
+        except (BrokenPipeError, ProcessLookupError, FileNotFoundError):
+            raise await self._died() from None
         except TimeoutError:
             raise SandboxError(
                 f"bubblewrap did not start within {_START_SECONDS:.0f} s: {self._said()}",
@@ -277,11 +279,7 @@ class BubblewrapSandbox(Sandbox):
                 raise BackendUnavailable(self._said(), op="create")
             self._info_text += piece
         self._init_pid = json.loads(self._info_text)["child-pid"]
-        try:
-            self._init = os.pidfd_open(self._init_pid)
-        except ProcessLookupError:
-            await anyio.sleep(0.05)  # for bubblewrap to say why its child has ended
-            raise BackendUnavailable(self._said(), op="create") from None
+        self._init = os.pidfd_open(self._init_pid)
         self._cleanup.callback(os.close, self._init)
 
     async def _limit(self, spec: SandboxSpec) -> None:
@@ -295,6 +293,8 @@ class BubblewrapSandbox(Sandbox):
         )
         try:
             self._group = await anyio.to_thread.run_sync(means.hold, self.id, limit, self._init_pid)
+        except ProcessLookupError:
+            raise
         except OSError as e:
             raise SandboxError(
                 f"the limits could not be set by {means.name}: {e}",
@@ -314,6 +314,13 @@ class BubblewrapSandbox(Sandbox):
             listed = None if spec.network is None or spec.network is True else spec.network
             rules = Rules(hosts=tuple(listed) if listed else None)
             await self._gate.open(socket.socket(fileno=fd), rules)
+
+    async def _died(self) -> BackendUnavailable:
+        """The error for a first process that is gone before it ran anything."""
+        if self._process is not None:
+            with anyio.move_on_after(1):  # to say why
+                await anyio.to_thread.run_sync(self._process.wait, abandon_on_cancel=True)
+        return BackendUnavailable(self._said(), op="create")
 
     def _said(self) -> str:
         """What bubblewrap printed before it gave up."""
@@ -521,6 +528,14 @@ class BubblewrapSandbox(Sandbox):
                 "hold: give it more with disk=… (MB)"
             )
         return None
+
+    def facts(self) -> dict[str, str]:
+        connected = "proxy" if self._gate else "device" if self._route else "none"
+        return {
+            "sandbox-provider": f"bubblewrap at {self.way.program}",
+            "sandbox-limits": self.way.means.name if self.way.means else "watcher",
+            "sandbox-network": connected,
+        }
 
     def remarks(self) -> list[str]:
         found = self._gate.refusals() if self._gate is not None else {}

@@ -55,6 +55,13 @@ def with_two_users(uid: int) -> int:
     Raises:
         BackendUnavailable: it can't be made here.
     """
+    ranges = (line.split() for line in Path("/proc/self/uid_map").read_text().splitlines())
+    if not any(int(first) <= uid < int(first) + int(count) for first, _, count in ranges):
+        raise BackendUnavailable(
+            "this is the machine's root in a user namespace that has no other user (unshare -r): "
+            "start it outside, or as another user",
+            op="create",
+        )
     # `cat` answers when `unshare` has done its work.
     with subprocess.Popen(
         ["unshare", "--user", "cat"],

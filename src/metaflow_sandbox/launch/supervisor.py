@@ -1,0 +1,226 @@
+"""One process a run that hosts all of its attempts: `flow.py … sandbox supervise`.
+
+It has Metaflow, the flow and the backends loaded once. Clients (`client.py`) hand it
+their command and their output over a private socket; each gets a task of its own. A
+client's end ends its attempt; the scheduler's end ends all, and this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.abc
+from metaflow._vendor import click
+
+from ..backends import registry
+from ..backends.base import Backend
+from ..concurrency import plain_errors, write_all
+from ..errors import SandboxError
+from .attempt import Attempt
+from .client import HEADER, SOCKET
+from .job import Job
+from .record import Recorder
+
+_MAX_MESSAGE = 64 << 20
+_BACKLOG = 1024
+_POLL_SECONDS = 0.5
+
+
+class Supervisor:
+    """Answers clients until it is told to end.
+
+    Args:
+        context: click's context of this command, with Metaflow's objects.
+        parse: reads the words after `sandbox step`; raises click.ClickException.
+    """
+
+    def __init__(self, context: Any, parse: Callable[[list[str]], dict[str, Any]]) -> None:
+        self._context = context
+        self._parse = parse
+        self._backends: dict[str, Backend] = {}
+        self._ended = anyio.Event()
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accepts clients until `end`; then ends what is left of their attempts."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._accept, listener, tasks)
+            await self._ended.wait()
+            tasks.cancel_scope.cancel()
+
+    def end(self) -> None:
+        """Ends all attempts and the service."""
+        self._ended.set()
+
+    async def _accept(self, listener: socket.socket, tasks: anyio.abc.TaskGroup) -> None:
+        while True:
+            await anyio.wait_readable(listener)
+            try:
+                line, _ = listener.accept()
+            except OSError:
+                await anyio.sleep(_POLL_SECONDS)  # no descriptors are left, for now
+                continue
+            tasks.start_soon(self._attend, line)
+
+    async def _attend(self, line: socket.socket) -> None:
+        """One client, from its request to its exit code."""
+        fds: list[int] = []
+        with contextlib.ExitStack() as opened:
+            opened.callback(line.close)
+            opened.callback(lambda: [os.close(fd) for fd in fds])
+            line.setblocking(False)
+            with contextlib.suppress(OSError, EOFError):
+                words = await self._receive(line, fds)
+                if words is None:
+                    self.end()
+                    await self._hung_up(line)  # held until this process ends
+                elif len(fds) == 2:
+                    code = await self._run(words, fds[0], fds[1], line)
+                    line.send(b"%d" % code)
+
+    async def _receive(self, line: socket.socket, fds: list[int]) -> list[str] | None:
+        """The words of a command; None: the run has ended."""
+        credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        if struct.unpack("3i", credentials)[1] != os.getuid():
+            raise EOFError
+        await anyio.wait_readable(line)
+        header, received, _, _ = socket.recv_fds(line, HEADER, 2)
+        fds.extend(received)
+        size = int.from_bytes(header, "big")
+        if len(header) < HEADER or size > _MAX_MESSAGE:
+            raise EOFError
+        message = bytearray()
+        while len(message) < size:
+            await anyio.wait_readable(line)
+            if not (piece := line.recv(size - len(message))):
+                raise EOFError
+            message += piece
+        return message.decode().split("\0") if message else None
+
+    async def _hung_up(self, line: socket.socket) -> None:
+        """Returns when the client is gone: it sends nothing more."""
+        while True:
+            await anyio.wait_readable(line)
+            if not line.recv(64):
+                return
+
+    async def _run(self, words: list[str], out: int, err: int, line: socket.socket) -> int:
+        """Runs an attempt for as long as its client lives. Returns its exit code."""
+        code = 1
+        try:
+            attempt = self._attempt(words, out, err)
+            with plain_errors():
+                async with anyio.create_task_group() as tasks:
+
+                    async def follow_client() -> None:
+                        await self._hung_up(line)
+                        tasks.cancel_scope.cancel()
+
+                    tasks.start_soon(follow_client)
+                    code = await attempt.run()
+                    tasks.cancel_scope.cancel()
+        except (SandboxError, click.ClickException) as e:
+            await write_all(err, f"[sandbox] {e}\n".encode())
+        except Exception:  # one attempt's surprise is not another's end
+            await write_all(err, f"[sandbox] {traceback.format_exc()}".encode())
+        return code
+
+    def _attempt(self, words: list[str], out: int, err: int) -> Attempt:
+        job = Job.from_context(self._context, self._parse(words))
+        if job.backend not in self._backends:
+            self._backends[job.backend] = registry.load(job.backend)
+        recorder = Recorder(job, self._context.obj)
+        return Attempt(job, self._backends[job.backend], recorder, out=out, err=err)
+
+
+def supervise(
+    context: Any,
+    parse: Callable[[list[str]], dict[str, Any]],
+    workspace: Path,
+    scheduler: int,
+    ready: int,
+) -> None:
+    """Runs the supervisor of a run until that ends.
+
+    Args:
+        workspace: the run's directory, in which the socket is.
+        scheduler: the process without which nobody wants the results.
+        ready: a descriptor that hears when clients may come.
+    """
+    supervisor = Supervisor(context, parse)
+    listener = _listen(workspace)
+    os.write(ready, b"1")
+    os.close(ready)
+
+    async def run() -> None:
+        async with anyio.create_task_group() as tasks:
+
+            async def end_after(event: Awaitable[None]) -> None:
+                await event
+                supervisor.end()
+
+            tasks.start_soon(end_after, _ends(scheduler))
+            tasks.start_soon(end_after, _signal())
+            await supervisor.serve(listener)
+            tasks.cancel_scope.cancel()
+
+    anyio.run(run)
+    if not _lives(scheduler):  # then nobody else removes it
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _listen(workspace: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.setblocking(False)
+    directory = Path.cwd()
+    os.chdir(workspace)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(SOCKET)  # of one that was killed
+        listener.bind(SOCKET)
+        listener.listen(_BACKLOG)
+    finally:
+        os.chdir(directory)
+    return listener
+
+
+async def _ends(process: int) -> None:
+    """Returns when a process has ended."""
+    if sys.platform == "linux":
+        try:
+            pidfd = os.pidfd_open(process)
+        except ProcessLookupError:
+            return
+        try:
+            await anyio.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+    else:
+        while _lives(process):
+            await anyio.sleep(_POLL_SECONDS)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+async def _signal() -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async for _ in signals:
+            return
