@@ -97,7 +97,8 @@ class Project:
 
     def leases(self):
         base = self.temporary / f"metaflow-sandbox-{os.getuid()}"
-        return sorted(p.name for p in base.iterdir()) if base.exists() else []
+        there = sorted(p.name for p in base.iterdir()) if base.exists() else []
+        return [name for name in there if not name.startswith("places-")]  # empty lock files
 
     def processes(self):
         """Processes on this machine that belong to this project: by their variables or files."""

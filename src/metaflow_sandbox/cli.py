@@ -1,12 +1,16 @@
-"""The command `metaflow-sandbox`."""
+"""The command `metaflow-sandbox`, and what `flow.py sandbox` has in common with it."""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from collections.abc import Mapping
 
 import anyio
 import click
 
+from . import manage
 from .backends import registry
 from .errors import SandboxError
 
@@ -15,6 +19,52 @@ from .errors import SandboxError
 @click.version_option(package_name="metaflow-sandbox")
 def main() -> None:
     """Looks after the sandboxes of Metaflow steps."""
+
+
+@main.command("list")
+@click.option("--backend", multiple=True, help="Only this one; may be given more than once.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_command(backend: tuple[str, ...], as_json: bool) -> None:
+    """Lists the living sandboxes of every installed backend."""
+    show(backend, {}, as_json)
+
+
+@main.command()
+@click.argument("ids", nargs=-1, required=True)
+@click.option("--backend", multiple=True, help="Look only there.")
+def kill(ids: tuple[str, ...], backend: tuple[str, ...]) -> None:
+    """Ends sandboxes by their ids, as `list` shows them. Their steps fail."""
+    end(ids, backend, {})
+
+
+@main.command()
+@click.option("--backend", multiple=True, help="Look only there.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be ended.")
+def gc(backend: tuple[str, ...], dry_run: bool) -> None:
+    """Ends sandboxes whose time is over, or whose run on this machine has ended."""
+    collect(backend, {}, dry_run)
+
+
+@main.command()
+@click.argument("backends", nargs=-1)
+def doctor(backends: tuple[str, ...]) -> None:
+    """Says of each backend whether it works here, and what to do if it doesn't.
+
+    Exits with 0 if the named BACKENDS work; without names, if one does that a plain
+    @sandbox would use.
+    """
+    names = backends or tuple(dict.fromkeys([*registry.PROMISED, *registry.names()]))
+    working = set()
+    for name in names:
+        examined = anyio.run(manage.examine, name)
+        if examined.problem is None:
+            working.add(name)
+        mark = click.style("works", fg="green") if name in working else "no"
+        click.echo(f"{name}: {mark}")
+        for line in (examined.problem or "\n".join(examined.lines)).splitlines():
+            click.echo(f"    {line}")
+    wanted = set(backends) <= working if backends else working & set(registry.local_order())
+    sys.exit(0 if wanted else 1)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -27,12 +77,79 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     NAME is what the run printed; a COMMAND runs in the place of the shell. The files
     and what runs there are the step's: what they print goes to your terminal as it is.
     """
+    enter(backend, name, command)
+
+
+# --- what both commands do
+
+
+def show(backends: tuple[str, ...], labels: Mapping[str, str], as_json: bool) -> None:
+    """Prints the living sandboxes that have these labels."""
+    found, problems = anyio.run(manage.find, backends or registry.names(), labels)
+    if as_json:
+        for item in found:
+            click.echo(json.dumps(item.as_dict()))
+    elif found:
+        rows = [("BACKEND", "ID", "AGE", "STEP")]
+        rows += [(f.backend, f.info.id, _age(f.info.created), f.pathspec) for f in found]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            cells = zip(row, widths, strict=True)
+            click.echo("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+    _report(problems)
+
+
+def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, str]) -> None:
+    """Ends the sandboxes with these ids."""
+    found, problems = anyio.run(manage.find, backends or registry.names(), labels)
+    known = {f.info.id: f for f in found}
+    for sandbox_id in ids:
+        if sandbox_id in known:
+            _destroy(known[sandbox_id])
+    _report(problems)
+    if missing := [i for i in ids if i not in known]:
+        raise click.ClickException(f"there is no sandbox {', '.join(missing)}")
+
+
+def collect(backends: tuple[str, ...], labels: Mapping[str, str], dry_run: bool) -> None:
+    """Ends the sandboxes that nobody wants, or says which."""
+    found, problems = anyio.run(manage.orphans, backends or registry.names(), labels)
+    for item in found:
+        if dry_run:
+            click.echo(f"would end {item.backend} {item.info.id} ({item.pathspec})")
+        else:
+            _destroy(item)
+    _report(problems)
+
+
+def enter(backend: str, name: str, command: tuple[str, ...]) -> None:
+    """Runs a command, or a shell, in what was kept of a sandbox; exits with its exit code."""
     try:
-        found = registry.load(backend)
-        code = anyio.run(found.shell, name, command or ("sh",))
+        code = anyio.run(registry.load(backend).shell, name, command or ("sh",))
     except SandboxError as e:
         raise click.ClickException(str(e)) from None
     sys.exit(code)
+
+
+def _destroy(found: manage.Found) -> None:
+    try:
+        anyio.run(manage.destroy, found)
+    except SandboxError as e:
+        raise click.ClickException(str(e)) from None
+    click.echo(f"ended {found.backend} {found.info.id} ({found.pathspec})")
+
+
+def _report(problems: Mapping[str, str]) -> None:
+    for name, problem in problems.items():
+        click.echo(f"{name} could not be asked: {problem}", err=True)
+
+
+def _age(created: float | None) -> str:
+    if created is None:
+        return "?"
+    seconds = max(0, int(time.time() - created))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds % 60:02}s"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import stat
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import SandboxError
@@ -90,8 +91,12 @@ def _locked(lock: Path) -> bool:
     return False
 
 
-def living(kind: str) -> list[Path]:
-    """The leases of a kind whose owners live. Removes those whose owners don't."""
+def living(kind: str, bury: Callable[[Path], None] | None = None) -> list[Path]:
+    """The leases of a kind whose owners live. Removes those whose owners don't.
+
+    Args:
+        bury: called with each of those before it is removed.
+    """
     found = []
     for path in base().iterdir():
         if path.name.startswith(_NEW):
@@ -102,5 +107,7 @@ def living(kind: str) -> list[Path]:
             if _locked(path / "lock"):
                 found.append(path)
             else:
+                if bury is not None:
+                    bury(path)
                 shutil.rmtree(path, ignore_errors=True)
     return found

@@ -9,7 +9,7 @@ import pytest
 
 FLOW = """
     import os, subprocess, sys, time
-    from metaflow import FlowSpec, sandbox, step
+    from metaflow import FlowSpec, current, sandbox, step
 
     class Ending(FlowSpec):
         @step
@@ -138,21 +138,32 @@ def test_running_out_of_memory_is_said(project):
     assert "give it more with memory=… (MB)" in done.output
 
 
+def processes(project, *words):
+    """The project's processes whose command line has these words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes()
+            if all(word in command for word in words) and (
+                str(project.temporary).encode() in command + (path / "environ").read_bytes()
+            ):
+                found.append(int(path.name))
+        except OSError:
+            continue
+    return found
+
+
 def running(project):
-    """Waits until a started flow's launcher has a sandbox, and gives its process id."""
+    """Waits until a started flow's step runs: {"client": pid, "supervisor": pid}."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
+        supervisors = processes(project, b"\0sandbox\0supervise\0")
+        clients = processes(project, b"launch/client.py\0", b"\0sandbox\0step\0")
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                command = (path / "cmdline").read_bytes()
                 parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                launcher = Path(f"/proc/{parent}")
-                if (
-                    b"bwrap\0--args" in command
-                    and b"sandbox\0step\0" in (launcher / "cmdline").read_bytes()
-                    and str(project.temporary).encode() in (launcher / "environ").read_bytes()
-                ):
-                    return parent
+                if parent in supervisors and b"bwrap\0--args" in (path / "cmdline").read_bytes():
+                    return {"client": clients[0], "supervisor": parent}
             except OSError:
                 continue
         time.sleep(0.05)
@@ -169,21 +180,56 @@ def test_a_scheduler_that_is_ended_leaves_nothing(project, number):
     else:
         process.send_signal(number)
     process.communicate(timeout=60)
-    if number in (signal.SIGKILL, signal.SIGHUP, signal.SIGTERM):
-        # Nobody could tidy up the run's directory: the next run does.
-        deadline = time.monotonic() + 15
-        while project.processes() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert project.processes() == []
-        project.write("flow.py", FLOW % ("", "pass"))
-        project.run("flow.py", "run").ok()
+    project.assert_nothing_left(15)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_launcher_that_is_ended_leaves_nothing_and_fails_its_task(project, number):
+@pytest.mark.parametrize("who", ["client", "supervisor"])
+def test_what_runs_an_attempt_is_ended_and_the_task_fails_and_nothing_is_left(project, who, number):
     project.write("flow.py", FLOW % ("", "time.sleep(1000)"))
     process = project.start("flow.py", "run")
-    os.kill(running(project), number)
+    os.kill(running(project)[who], number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0, output.decode()
     assert b"Task failed" in output
+    if who == "supervisor":
+        assert b"supervisor ended before this attempt did" in output
+
+
+def test_after_a_supervisor_that_was_killed_the_next_attempt_starts_another(project):
+    project.write("flow.py", FLOW % ("", "if current.retry_count == 0: time.sleep(1000)"))
+    process = project.start("flow.py", "run", "--with", "retry:times=1,minutes_between_retries=0")
+    os.kill(running(project)["supervisor"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+
+
+def test_steps_that_get_their_decorators_by_with_have_them_in_one_supervisor(project):
+    """The first sandboxed task is of a step that has its decorator in the flow."""
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, sandbox, step
+
+        class Mixed(FlowSpec):
+            @sandbox(memory=500)
+            @step
+            def start(self):
+                self.next(self.work)
+
+            @step
+            def work(self):
+                import os
+                self.inside = os.path.exists("/sandbox")
+                self.next(self.end)
+
+            @sandbox
+            @step
+            def end(self):
+                assert self.inside
+
+        if __name__ == "__main__":
+            Mixed()
+        """,
+    )
+    project.run("flow.py", "run", "--with", "sandbox:disk=300").ok()

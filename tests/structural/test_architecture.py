@@ -31,9 +31,19 @@ LAYERS = {
     "egress": set(),
     "backends": {"errors", "concurrency", "leases", "egress"},
     "admission": {"errors"},
-    "launch": {"errors", "concurrency", "leases", "agent", "backends", "admission", "egress"},
+    "launch": {
+        "errors",
+        "concurrency",
+        "leases",
+        "agent",
+        "backends",
+        "admission",
+        "egress",
+        "manage",
+    },
     "testing": {"errors", "backends"},
-    "cli": {"errors", "backends"},
+    "manage": {"errors", "leases", "backends"},
+    "cli": {"errors", "backends", "manage"},
 }
 
 

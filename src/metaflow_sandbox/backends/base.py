@@ -99,6 +99,19 @@ class SandboxSpec:
     network: bool | Sequence[str] | None = None
 
 
+@dataclass(frozen=True)
+class Quota:
+    """What an account may have. None: not limited.
+
+    Attributes:
+        concurrent: sandboxes at once.
+        per_second: creations.
+    """
+
+    concurrent: float | None = None
+    per_second: float | None = None
+
+
 def network_kind(network: bool | Sequence[str]) -> str:
     """Which of "none", "hosts" and "internet" a `network` parameter asks for."""
     if isinstance(network, bool):
@@ -108,10 +121,11 @@ def network_kind(network: bool | Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class SandboxInfo:
-    """A sandbox as `Backend.list` finds it."""
+    """A sandbox as `Backend.list` finds it. `created` is in seconds since 1970."""
 
     id: str
     labels: Mapping[str, str]
+    created: float | None = None
 
 
 @dataclass(frozen=True)
@@ -284,6 +298,8 @@ class Backend(ABC):
     #: What users write: `@sandbox(backend=name)`.
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    #: What launchers keep to, unless the user set something else.
+    quota: Quota = Quota()
     #: A directory inside that the step can write, empty at the start.
     work: str = "/sandbox"
     #: Where the inputs go inside; the step need not be able to write it.
@@ -318,12 +334,19 @@ class Backend(ABC):
         """
         return Preflight(self.name)
 
+    def sweep(self) -> None:  # noqa: B027 - most have nothing on this machine
+        """Ends and removes what launchers that were killed left on this machine."""
+
     async def prepare(self, image: str | None) -> None:  # noqa: B027 - most have nothing to do
         """Gets an image ready, once a run, before any task starts.
 
         Raises:
             SandboxError: it isn't there, or can't be used, with what to do.
         """
+
+    def account(self) -> str:
+        """Whose quota sandboxes count for, in a form that may be hashed; never a key."""
+        return ""
 
     def interpreter(self, image: str | None) -> str:
         """The Python inside a sandbox made from this image (None: the backend's own choice)."""

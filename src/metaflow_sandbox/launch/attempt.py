@@ -31,8 +31,10 @@ from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors, write_all
 from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
+from ..manage import ownership
 from .job import Job
 from .logs import Budget, LogRelay
+from .quota import Places
 from .record import Recorder
 from .stage import Staging, code_mounts
 from .store import Parent, parents_of
@@ -99,20 +101,35 @@ async def _timed(timings: dict[str, float], name: str) -> AsyncIterator[None]:
 
 
 class Attempt:
-    """Runs one attempt. `run` returns the exit code for Metaflow's scheduler."""
+    """Runs one attempt. `run` returns the exit code for Metaflow's scheduler.
 
-    def __init__(self, job: Job, backend: Backend, recorder: Recorder) -> None:
+    Args:
+        out, err: descriptors that Metaflow's scheduler reads; the caller closes them.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        backend: Backend,
+        recorder: Recorder,
+        places: Places,
+        *,
+        out: int,
+        err: int,
+    ) -> None:
         self.job = job
         self.request, _ = job.request.check(backend)
         self.backend = backend
         self.recorder = recorder
+        self._places = places
         self.timings: dict[str, float] = {}
         self._python = self.request.executable or backend.interpreter(self.request.image)
         self._code: dict[str, Path] = {}  # the mounts that hold no secret
         self._sandbox: Sandbox | None = None
         self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
         budget = Budget(self._output_bytes)
-        self._logs = {"o": LogRelay(1, budget), "e": LogRelay(2, budget)}
+        self._err = err
+        self._logs = {"o": LogRelay(out, budget), "e": LogRelay(err, budget)}
         self._tail = bytearray()  # of the step's stderr
         self._outcome: Outcome | None = None
 
@@ -120,23 +137,31 @@ class Attempt:
         """The whole life. Whatever happens, no sandbox and no file is left behind."""
         job = self.job
         directory = Path(tempfile.mkdtemp(prefix=f"{job.step}-{job.task}-", dir=job.workspace))
-        parents: list[Parent] = []
+        try:
+            async with self._places.one(self._say):
+                return await self._run(directory)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await blocking(partial(shutil.rmtree, directory, ignore_errors=True))
+            if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
+                await self._say(json.dumps(self.timings))
+
+    async def _run(self, directory: Path) -> int:
         try:
             try:
                 parents = await self._prepare(directory)
-                outcome = await self._run_step()
-                code = await self._finish(outcome, parents, directory)
+                async with self.recorder.alive():
+                    outcome = await self._run_step()
+                    code = await self._finish(outcome, parents, directory)
             except (SandboxError, Rejected, Failed, OSError) as e:
                 await self._say(str(e))
                 await blocking(self.recorder.fail)
                 code = 1
             await self._part(failed=code != 0)
-            return code
         finally:
             with anyio.CancelScope(shield=True):
                 await self._destroy()
-                await blocking(self.recorder.end)
-                await blocking(partial(shutil.rmtree, directory, ignore_errors=True))
+        return code
 
     # --- create and stage
 
@@ -181,6 +206,7 @@ class Attempt:
         limits = self.backend.limits()
         memory = request.memory or int(metaflow_config.SANDBOX_MEMORY) or None
         disk = request.disk or int(metaflow_config.SANDBOX_DISK) or None
+        lifetime = request.deadline + _LIFETIME_MARGIN
         return SandboxSpec(
             labels={
                 "metaflow-flow": job.flow,
@@ -188,8 +214,9 @@ class Attempt:
                 "metaflow-step": job.step,
                 "metaflow-task": job.task,
                 "metaflow-attempt": str(job.attempt),
+                **ownership(job.workspace, lifetime),
             },
-            lifetime=request.deadline + _LIFETIME_MARGIN,
+            lifetime=lifetime,
             mounts=mounts,
             cpu=request.cpu,
             memory=memory if limits.memory else None,
@@ -471,26 +498,5 @@ class Attempt:
                 await sandbox.destroy()
 
     async def _say(self, message: str) -> None:
-        await write_all(2, "".join(f"[sandbox] {x}\n" for x in message.split("\n")).encode())
-
-
-async def run_until_signal(attempt: Attempt) -> int:
-    """Runs an attempt; SIGINT, SIGTERM and SIGHUP end it and clean up."""
-    code = 1
-    with plain_errors():
-        async with anyio.create_task_group() as tasks:
-
-            async def watch() -> None:
-                nonlocal code
-                endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-                with anyio.open_signal_receiver(*endings) as signals:
-                    async for number in signals:
-                        code = 128 + number
-                        tasks.cancel_scope.cancel()
-
-            tasks.start_soon(watch)
-            code = await attempt.run()
-            tasks.cancel_scope.cancel()
-    if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
-        sys.stderr.write(f"[sandbox] {json.dumps(attempt.timings)}\n")
-    return code
+        lines = "".join(f"[sandbox] {line}\n" for line in message.split("\n"))
+        await write_all(self._err, lines.encode())

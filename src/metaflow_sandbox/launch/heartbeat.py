@@ -12,7 +12,7 @@ from typing import Any
 
 import anyio
 
-from ..concurrency import blocking
+from ..concurrency import blocking, plain_errors
 
 _SECONDS = 10.0
 _TIMEOUT = 10.0
@@ -31,10 +31,11 @@ async def beating(metadata: Any, flow: str, run: str, step: str, task: str) -> A
                 await blocking(metadata.stop_heartbeat)
         return
     url = template.format(flow_id=flow, run_number=run, step_name=step, task_id=task)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(_beat, url)
-        yield
-        tasks.cancel_scope.cancel()
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_beat, url)
+            yield
+            tasks.cancel_scope.cancel()
 
 
 async def _beat(url: str) -> None:

@@ -6,6 +6,7 @@ then the record of the artifacts, and the mark that it is whole at the very end.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from ..admission.cards import wrap
 from ..admission.reader import MAX_BYTES
 from ..admission.results import Results, blob
 from ..errors import Rejected
+from .heartbeat import beating
 from .job import Job
 from .store import Parent, save_cards, stored
 
@@ -51,12 +53,16 @@ class Verdict:
 
 
 class Recorder:
-    """One attempt's way into the datastore and the metadata. Blocking; used from one thread."""
+    """One attempt's way into the datastore and the metadata. Blocking; one call at a time."""
 
     def __init__(self, job: Job, context: Any) -> None:
         self.job = job
         self.flow_datastore = context.flow_datastore
-        self.metadata = context.metadata
+        # A provider keeps things of one task: each attempt needs its own.
+        given = context.metadata
+        self.metadata = type(given)(
+            context.environment, context.flow, context.event_logger, context.monitor
+        )
         self.graph = context.graph
         #: What is known of the sandbox itself: {name of a metadatum: text}.
         self.facts: dict[str, str] = {}
@@ -65,7 +71,7 @@ class Recorder:
         )
 
     def begin(self, parents: list[Parent]) -> None:
-        """What Metaflow records before a step runs; starts the heartbeat."""
+        """What Metaflow records before a step runs."""
         job = self.job
         metadata, sha, url = job.package
         # Metaflow reads these to record which code a task ran.
@@ -103,7 +109,11 @@ class Recorder:
                 }
             }
         )
-        self.metadata.start_task_heartbeat(job.flow, job.run, job.step, job.task)
+
+    def alive(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """While this context lasts the metadata service hears that the task lives."""
+        job = self.job
+        return beating(self.metadata, job.flow, job.run, job.step, job.task)
 
     def internals_request(
         self, parents: list[Parent], results: Results, directory: Path
@@ -175,10 +185,6 @@ class Recorder:
     def fail(self) -> None:
         """What is recorded of an attempt that left no results."""
         self._end(False)
-
-    def end(self) -> None:
-        """Stops the heartbeat."""
-        self.metadata.stop_heartbeat()
 
     # --- parts
 

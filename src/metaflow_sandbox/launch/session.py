@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Sequence
 
 import anyio
 
@@ -10,7 +12,11 @@ from ..backends import registry
 from ..backends.base import Backend, Preflight
 from ..errors import BackendUnavailable
 from ..leases import Lease, living
+from . import client
+from .quota import quota_of
 from .request import Request
+
+_END_SECONDS = 30.0
 
 
 class Session:
@@ -20,11 +26,16 @@ class Session:
         workspace: the run's directory on this machine; launchers put theirs below it.
         package: (metadata, sha, url) of the uploaded code package, once there is one.
         backends: {step: name of its backend}.
+
+    Args:
+        with_specs: the decorators that `--with` gave to any step.
     """
 
-    def __init__(self) -> None:
-        self._sweep()
+    def __init__(self, with_specs: Sequence[str]) -> None:
+        living("run")  # which removes what was left behind by those that were killed
         self.workspace = Lease("run")
+        options = "\0".join([str(os.getpid()), *with_specs])
+        (self.workspace.path / "supervisor.options").write_text(options)
         self.package: tuple[str, str, str] | None = None
         self.backends: dict[str, str] = {}
         self._preflights: dict[str, Preflight] = {}
@@ -42,6 +53,7 @@ class Session:
         request.variables()
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
+        quota_of(backend)
         anyio.run(backend.prepare, request.image)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
@@ -74,12 +86,13 @@ class Session:
             self._preflights[backend.name] = anyio.run(backend.preflight)
         return self._preflights[backend.name]
 
-    @staticmethod
-    def _sweep() -> None:
-        for kind in ("run", "box"):
-            living(kind)  # which removes what was left behind by those that were killed
+    def client(self) -> list[str]:
+        """The command that runs an attempt; the task's own follows it."""
+        return [sys.executable, "-I", "-S", client.__file__, str(self.workspace.path)]
 
     def close(self) -> None:
-        """Removes the run's directory, with whatever killed launchers left in it."""
+        """Ends the supervisor, and removes the run's directory."""
+        client.end(str(self.workspace.path), _END_SECONDS)
         self.workspace.release()
-        self._sweep()
+        for name in set(self.backends.values()):
+            registry.load(name).sweep()

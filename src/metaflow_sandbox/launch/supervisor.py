@@ -30,6 +30,7 @@ from ..errors import SandboxError
 from .attempt import Attempt
 from .client import HEADER, SOCKET
 from .job import Job
+from .quota import Places
 from .record import Recorder
 
 _MAX_MESSAGE = 64 << 20
@@ -48,7 +49,7 @@ class Supervisor:
     def __init__(self, context: Any, parse: Callable[[list[str]], dict[str, Any]]) -> None:
         self._context = context
         self._parse = parse
-        self._backends: dict[str, Backend] = {}
+        self._backends: dict[str, tuple[Backend, Places]] = {}
         self._ended = anyio.Event()
 
     async def serve(self, listener: socket.socket) -> None:
@@ -77,7 +78,7 @@ class Supervisor:
         fds: list[int] = []
         with contextlib.ExitStack() as opened:
             opened.callback(line.close)
-            opened.callback(lambda: [os.close(fd) for fd in fds])
+            opened.callback(_close_all, fds)
             line.setblocking(False)
             with contextlib.suppress(OSError, EOFError):
                 words = await self._receive(line, fds)
@@ -138,9 +139,11 @@ class Supervisor:
     def _attempt(self, words: list[str], out: int, err: int) -> Attempt:
         job = Job.from_context(self._context, self._parse(words))
         if job.backend not in self._backends:
-            self._backends[job.backend] = registry.load(job.backend)
+            backend = registry.load(job.backend)
+            self._backends[job.backend] = backend, Places(backend)
+        backend, places = self._backends[job.backend]
         recorder = Recorder(job, self._context.obj)
-        return Attempt(job, self._backends[job.backend], recorder, out=out, err=err)
+        return Attempt(job, backend, recorder, places, out=out, err=err)
 
 
 def supervise(
@@ -169,14 +172,26 @@ def supervise(
                 await event
                 supervisor.end()
 
-            tasks.start_soon(end_after, _ends(scheduler))
+            async def outlive() -> None:
+                await _ends(scheduler)
+                supervisor.end()
+                with anyio.CancelScope(shield=True):
+                    await ended.wait()
+                    shutil.rmtree(workspace, ignore_errors=True)  # nobody else does
+
+            ended = anyio.Event()
+            tasks.start_soon(outlive)
             tasks.start_soon(end_after, _signal())
             await supervisor.serve(listener)
+            ended.set()
             tasks.cancel_scope.cancel()
 
     anyio.run(run)
-    if not _lives(scheduler):  # then nobody else removes it
-        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _listen(workspace: Path) -> socket.socket:
@@ -206,7 +221,7 @@ async def _ends(process: int) -> None:
         finally:
             os.close(pidfd)
     else:
-        while _lives(process):
+        while _lives(process):  # noqa: ASYNC110 - there is nothing to wait for
             await anyio.sleep(_POLL_SECONDS)
 
 

@@ -22,6 +22,10 @@ SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 1024)
 SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", 16)
 # What a host may load of what a sandbox wrote: "data" or "all". See docs/security.md.
 SANDBOX_TRUST = from_conf("SANDBOX_TRUST", "data")
+# Sandboxes at once, and creations a second, for backends: "e2b=20,daytona=10". Across
+# all runs of this user on this machine; what isn't named keeps its backend's default.
+SANDBOX_CONCURRENT = from_conf("SANDBOX_CONCURRENT")
+SANDBOX_PER_SECOND = from_conf("SANDBOX_PER_SECOND")
 
 # `spin` skips every hook of a decorator that it doesn't know and would run the
 # step on the host, unsandboxed, so it must refuse our names. A user's own list

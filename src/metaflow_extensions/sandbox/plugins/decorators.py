@@ -7,7 +7,6 @@ process that launches: this module is loaded inside every sandbox too.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +205,7 @@ class SandboxDecorator(StepDecorator):
                 # (LD_PRELOAD, PYTHONPATH); the launcher passes them to the step.
                 deco.runtime_step_cli = lambda *args, **kwargs: None
         if SandboxDecorator._session is None:
-            SandboxDecorator._session = Session()
+            SandboxDecorator._session = Session(_with_specs(flow))
         try:
             SandboxDecorator._session.admit(self.step, self.request, self.logger)
         except SandboxError as e:
@@ -240,9 +239,9 @@ class SandboxDecorator(StepDecorator):
         cli_args.commands = ["sandbox", "step"]
         cli_args.command_args.extend(session.package)
         cli_args.command_options["backend"] = session.backends[self.step]
-        cli_args.command_options["scheduler"] = os.getpid()
         cli_args.command_options["workspace"] = str(session.workspace.path)
         cli_args.entrypoint[0] = sys.executable
+        cli_args.entrypoint[:0] = session.client()
 
     def runtime_finished(self, exception: Any) -> None:
         SandboxDecorator._end_session()
@@ -279,6 +278,17 @@ class SandboxDecorator(StepDecorator):
                 f"({WORKLOAD} is not set). Start the flow with `run` under Metaflow's own "
                 "scheduler."
             )
+
+
+def _with_specs(flow: Any) -> list[str]:
+    """What `--with` and its kin gave to the steps of a flow, as command line arguments."""
+    specs = {}
+    for step in flow:
+        for kind in ("decorators", "wrappers", "config_decorators"):
+            for deco in getattr(step, kind, ()):
+                if not deco.statically_defined and deco.inserted_by is None:
+                    specs[deco.make_decorator_spec()] = True
+    return list(specs)
 
 
 class BubblewrapDecorator(SandboxDecorator):

@@ -27,7 +27,7 @@ from ...errors import BackendUnavailable, SandboxError
 from ...leases import living
 from ..base import Backend, Capabilities, Preflight, SandboxInfo, SandboxSpec
 from . import image, kept, limits, network, policy, seccomp, userns
-from .program import alive, candidates, end_orphans, explain
+from .program import alive, bury, candidates, end_orphans, explain
 from .sandbox import BubblewrapSandbox, Way
 
 _MAX_IMAGE = 64 << 30
@@ -72,7 +72,7 @@ class Bubblewrap(Backend):
 
     async def preflight(self) -> Preflight:
         """Makes one sandbox and runs `true` in it: no reading of versions or settings."""
-        end_orphans()
+        self.sweep()
         spec = SandboxSpec(labels={"purpose": "preflight"}, memory=256, disk=64, network=True)
         sandbox = await self.create(spec)
         try:
@@ -102,6 +102,10 @@ class Bubblewrap(Backend):
                 "nft can't be used here (sudo apt install slirp4netns nftables)."
             )
         return notes
+
+    def sweep(self) -> None:
+        end_orphans()
+        living("box", bury)
 
     async def prepare(self, image_name: str | None) -> None:
         if image_name is None:
@@ -203,15 +207,18 @@ class Bubblewrap(Backend):
 
     async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
         found = []
-        for path in living("box"):
+        for path in living("box", bury):
             with suppress(OSError, ValueError):
                 record = json.loads((path / "record.json").read_text())
-                if labels.items() <= record["labels"].items():
-                    found.append(SandboxInfo(path.name.removeprefix("box-"), record["labels"]))
+                # Its owner may not have seen yet that it has ended.
+                there = alive(record["pid"]) and alive(record["init"])
+                if there and labels.items() <= record["labels"].items():
+                    name, created = path.name.removeprefix("box-"), path.stat().st_mtime
+                    found.append(SandboxInfo(name, record["labels"], created))
         return found
 
     async def destroy(self, sandbox_id: str) -> None:
-        for path in living("box"):
+        for path in living("box", bury):
             if path.name == f"box-{sandbox_id}":
                 with suppress(OSError, ValueError):
                     record = json.loads((path / "record.json").read_text())

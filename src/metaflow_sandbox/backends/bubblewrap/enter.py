@@ -6,7 +6,8 @@ user can't reach directories of root's: they are bound to a place where it can, 
 mount namespace that ends with the sandbox.
 
 FD has a JSON object: `userns`, a user namespace to join first, or null; `binds` from
-each source to its name below `place`; the `uid` to become, and the `argv` to run.
+each source to its name below `place`; the `uid` to become, how many `processes` it may
+have, and the `argv` to run.
 Standard library only.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import sys
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -49,6 +51,8 @@ def main(argv: list[str]) -> None:
     os.setgroups([])
     os.setresgid(config["uid"], config["uid"], config["uid"])
     os.setresuid(config["uid"], config["uid"], config["uid"])
+    limit = (config["processes"], config["processes"])
+    resource.setrlimit(resource.RLIMIT_NPROC, limit)  # of this user, who is nobody else
     os.chdir("/")
     os.execv(config["argv"][0], config["argv"])
 

@@ -102,13 +102,16 @@ def finish(new: Path, name: str, spec: SandboxSpec, mounts: Mapping[str, Path]) 
 
 
 def find(name: str) -> Kept:
-    """A kept sandbox by its name.
+    """A kept sandbox by its name, or the last one of a task by RUN/STEP/TASK.
 
     Raises:
         SandboxError: there is none.
     """
-    names = sorted(p.name for p in _base().iterdir() if not p.name.startswith("."))
-    if name not in names:
-        known = ", ".join(names) or "none"
-        raise SandboxError(f"no sandbox was kept as {name!r}. There are: {known}.", op="shell")
-    return Kept(_base() / name)
+    there = [p for p in _base().iterdir() if not p.name.startswith(".")]
+    there.sort(key=lambda p: p.stat().st_mtime)
+    start = _NAME.sub("_", name.replace("/", "-")) + "-"
+    for path in reversed(there):
+        if path.name == name or ("/" in name and path.name.startswith(start)):
+            return Kept(path)
+    known = ", ".join(p.name for p in there) or "none"
+    raise SandboxError(f"no sandbox was kept as {name!r}. There are: {known}.", op="shell")

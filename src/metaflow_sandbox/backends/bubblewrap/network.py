@@ -52,6 +52,19 @@ def route_available() -> bool:
     )  # fmt: skip
 
 
+def listener(fd: int) -> socket.socket | None:
+    """A socket that a proxy can answer on, of a descriptor that came from inside; or None."""
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError:  # no socket at all
+        return None
+    listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if found.family == socket.AF_INET and found.type == socket.SOCK_STREAM and listens:
+        return found
+    found.detach()
+    return None
+
+
 class Gate:
     """The proxy of one sandbox. It runs in a thread that all sandboxes of this process share."""
 

@@ -33,7 +33,7 @@ _ETC = (
 
 #: What an image's root has that is made anew: the kernel's, ours, and what is written to.
 _NOT_FROM_IMAGES = (
-    "dev", "etc", "inbox", "proc", "run", "sandbox", "sys", "tmp",
+    "dev", "etc", "inbox", "kept", "proc", "run", "sandbox", "sys", "tmp",
 )  # fmt: skip
 _OWN_ETC = ("passwd", "group", "hosts", "resolv.conf", "hostname", "shadow", "gshadow", "mtab")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -132,6 +133,24 @@ def end_orphans() -> None:
                 and Path("/proc", status["PPid"], "cmdline").read_bytes() != command
             ):
                 os.kill(int(path.name), signal.SIGKILL)
+
+
+def started(process: int) -> str:
+    """When a process was started, in the kernel's ticks: with its number, this is it alone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def bury(lease: Path) -> None:
+    """Ends the sandbox of an owner that was killed, if it has not ended with it.
+
+    By construction it has: this is for the Python of an image, which may have undone that.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads((lease / "record.json").read_text())
+        if record["started"] and started(record["init"]) == record["started"]:
+            os.kill(record["init"], signal.SIGKILL)
 
 
 def alive(process: int) -> bool:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease
 from ..base import Sandbox, SandboxSpec, Sink, discard
 from . import image, kept, limits, network, policy, seccomp, terminal, userns
-from .program import program_tree
+from .program import program_tree, started
 
 if TYPE_CHECKING:
     from . import Bubblewrap
@@ -86,6 +87,7 @@ class BubblewrapSandbox(Sandbox):
         self._group: limits.Group | None = None
         self._gate: network.Gate | None = None
         self._route: network.Route | None = None
+        self._proxied = False
         self._passed: str | None = None  # which limit the box's watcher saw passed
         self._ended = False
         self._info_text = b""
@@ -121,6 +123,14 @@ class BubblewrapSandbox(Sandbox):
         try:
             with anyio.fail_after(_START_SECONDS):
                 await self._open_init()
+                # Before anything of an image runs, which could undo what ends it with us.
+                record = {
+                    "labels": dict(spec.labels),
+                    "pid": process.pid,
+                    "init": self._init_pid,
+                    "started": started(self._init_pid),
+                }
+                (lease.path / "record.json").write_text(json.dumps(record))
                 await self._limit(spec)
                 if self._route is not None:
                     await self._route.open(self._init_pid)
@@ -137,8 +147,6 @@ class BubblewrapSandbox(Sandbox):
                 op="create",
                 retryable=True,
             ) from None
-        record = {"labels": dict(spec.labels), "pid": process.pid, "init": self._init_pid}
-        (lease.path / "record.json").write_text(json.dumps(record))
 
     def _spawn(self, spec: SandboxSpec, writable: Mapping[str, Path]) -> subprocess.Popen[bytes]:
         """Starts bubblewrap, which waits before it runs anything."""
@@ -190,7 +198,7 @@ class BubblewrapSandbox(Sandbox):
             if spec.image:
                 variables.pop("PATH")
                 variables = {"PATH": image.PATH, **image.variables(spec.image), **variables}
-            proxied = self._connect(spec, files, variables)
+            proxied = self._proxied = self._connect(spec, files, variables)
             info, info_write = os.pipe()
             block_read, self._block = os.pipe()
             self._info, self._errors = keep(info), keep(os.memfd_create("errors"))
@@ -212,7 +220,7 @@ class BubblewrapSandbox(Sandbox):
             joined = pass_on(userns.with_two_users(uid)) if self.way.namespace else None
             if joined is not None and not before:
                 options += ["--userns", str(joined)]
-            args = pass_on(_memfd("args", b"\0".join(o.encode() for o in options)))
+            args = pass_on(_memfd("args", b"\0".join(os.fsencode(o) for o in options)))
             watched = self.way.means is None
             config = {
                 "lifetime": spec.lifetime,
@@ -235,6 +243,7 @@ class BubblewrapSandbox(Sandbox):
                 found, place = Path(self.way.program).relative_to(home), moved[home]
                 entry = {
                     "uid": uid,
+                    "processes": PROCESSES,
                     "userns": joined,
                     "place": _PLACE,
                     "binds": {str(tree): os.path.basename(p) for tree, p in moved.items()},
@@ -283,6 +292,9 @@ class BubblewrapSandbox(Sandbox):
         self._cleanup.callback(os.close, self._init)
 
     async def _limit(self, spec: SandboxSpec) -> None:
+        # Again by the first process, for root's sandboxes when it has become another user.
+        with contextlib.suppress(PermissionError):
+            resource.prlimit(self._init_pid, resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
         means = self.way.means
         if means is None:
             return
@@ -309,11 +321,26 @@ class BubblewrapSandbox(Sandbox):
             for fd in fds:
                 os.close(fd)
             raise BackendUnavailable(self._said(), op="create")
-        for fd in fds:
+        # In an image the first process may be anything: it gets no proxy that nobody asked for.
+        listener = network.listener(fds[0]) if fds and self._proxied else None
+        if answer != b"ready" or bool(fds) != self._proxied or (fds and listener is None):
+            if listener is not None:
+                listener.close()
+            else:
+                for fd in fds:
+                    os.close(fd)
+            raise SandboxError(
+                f"the first process of the sandbox sent {answer!r} and {len(fds)} descriptors "
+                "where it should say that it is ready: its image has a python3 that is none",
+                code="create_failed",
+                op="create",
+                retryable=False,
+            )
+        if listener is not None:
             self._gate = network.Gate(self.backend.portals)
             listed = None if spec.network is None or spec.network is True else spec.network
             rules = Rules(hosts=tuple(listed) if listed else None)
-            await self._gate.open(socket.socket(fileno=fd), rules)
+            await self._gate.open(listener, rules)
 
     async def _died(self) -> BackendUnavailable:
         """The error for a first process that is gone before it ran anything."""
@@ -325,7 +352,9 @@ class BubblewrapSandbox(Sandbox):
     def _said(self) -> str:
         """What bubblewrap printed before it gave up."""
         os.lseek(self._errors, 0, os.SEEK_SET)
-        text = os.read(self._errors, 4096).decode(errors="replace").strip()
+        text = os.read(self._errors, 4096).decode(errors="replace")
+        # An image's Python can print here, too.
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text).strip()
         code = self._process.poll() if self._process is not None else None
         return text or f"it ended with exit code {code} and said nothing"
 
@@ -514,9 +543,10 @@ class BubblewrapSandbox(Sandbox):
                 f"the kernel ended {kills} of the step's processes because the sandbox reached "
                 "its memory limit: give it more with memory=… (MB)"
             )
-        if self._passed is None and not self._ended:
+        if self._passed is None and not self._ended and self._process is not None:
             with contextlib.suppress(OSError):
-                self._passed = self._control.recv(16).decode() or None
+                said = self._control.recv(16)
+                self._passed = said.decode() if said in (b"memory", b"inodes") else None
         if self._passed == "memory":
             return (
                 "the sandbox was ended because its processes and files used more memory than "

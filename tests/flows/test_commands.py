@@ -1,0 +1,192 @@
+"""The commands that look after sandboxes."""
+
+import json
+import subprocess
+import sys
+import time
+
+import anyio
+import pytest
+
+from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.bubblewrap import Bubblewrap
+
+COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
+FLOW = """
+    import time
+    from metaflow import FlowSpec, bubblewrap, step
+
+    class Managed(FlowSpec):
+        @bubblewrap(network=False)
+        @step
+        def start(self):
+            time.sleep(1000)
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Managed()
+"""
+
+
+@pytest.fixture
+def command(project):
+    def run(*arguments, env=None):
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            # Another backend of these tests is bubblewrap underneath, and lists the same.
+            env={**project.environment, "PYTHONPATH": "", **(env or {})},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+def listed(command):
+    done = command("list", "--json")
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def running(project, command):
+    """A flow whose step sleeps in its sandbox, and that sandbox as `list` shows it."""
+    project.write("flow.py", FLOW)
+    process = project.start("flow.py", "run")
+    deadline = time.monotonic() + 60
+    while not (found := [f for f in listed(command) if "Managed" in f["step"]]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield process, found[0]
+    process.kill()
+    process.communicate()
+
+
+def test_what_runs_is_listed_with_its_step_and_killed_by_its_id(project, command, running):
+    process, sandbox = running
+    assert sandbox["backend"] == "bubblewrap"
+    assert sandbox["step"].startswith("Managed/") and sandbox["step"].endswith("/start/1/0")
+    lines = command("list").stdout.splitlines()
+    assert lines[0].split() == ["BACKEND", "ID", "AGE", "STEP"]
+    assert lines[1].split()[1] == sandbox["id"]
+
+    of_flow = project.run("flow.py", "sandbox", "list", env={"PYTHONPATH": ""}).ok().output
+    assert sandbox["id"] in of_flow
+
+    # Somebody wants it.
+    assert command("gc").stdout == ""
+
+    done = command("kill", sandbox["id"])
+    assert (done.returncode, done.stdout.split()[:3]) == (0, ["ended", "bubblewrap", sandbox["id"]])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"the sandbox has ended" in output
+    assert listed(command) == []
+
+
+def test_what_nobody_wants_is_collected(project, command, monkeypatch):
+    """Its run is gone, while its owner lives: as a cloud's sandbox would be left."""
+    for name, value in project.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tempfile.tempdir", str(project.temporary))
+    from metaflow_sandbox.manage import ownership
+
+    async def leave_and_collect():
+        gone = ownership(project.temporary / "run-gone", 3600)
+        late = {**gone, "metaflow-host": "another", "metaflow-expires": "1000"}
+        foreign = {**gone, "metaflow-host": "another"}
+        made = [
+            await Bubblewrap().create(SandboxSpec(labels=labels, network=False))
+            for labels in (gone, late, foreign, {"purpose": "not a step's"})
+        ]
+        try:
+            ids = [sandbox.id for sandbox in made]
+            dry = await anyio.to_thread.run_sync(command, "gc", "--dry-run")
+            assert sorted(line.split()[3] for line in dry.stdout.splitlines()) == sorted(ids[:2])
+            assert (await made[0].run(["true"])).exit_code == 0
+            done = await anyio.to_thread.run_sync(command, "gc")
+            assert sorted(line.split()[2] for line in done.stdout.splitlines()) == sorted(ids[:2])
+            left = {info.id for info in await Bubblewrap().list({})}
+            assert left == set(ids[2:])
+        finally:
+            for sandbox in made:
+                await sandbox.destroy()
+
+    anyio.run(leave_and_collect)
+
+
+def test_an_id_that_is_not_there_is_said(command):
+    done = command("kill", "nothing")
+    assert done.returncode == 1
+    assert "there is no sandbox nothing" in done.stderr
+
+
+def test_doctor_says_what_works_and_what_would_help(command):
+    done = command("doctor")
+    assert done.returncode == 0, done.stdout
+    assert "bubblewrap: works" in done.stdout
+    assert "enforced here:" in done.stdout and "memory" in done.stdout
+    assert 'pip install -U "metaflow-sandbox[e2b]"' in done.stdout
+
+
+def test_doctor_fails_for_a_named_backend_that_does_not_work(command):
+    assert command("doctor", "bubblewrap").returncode == 0
+    done = command("doctor", "bubblewrap", "daytona")
+    assert done.returncode == 1
+    assert "daytona: no" in done.stdout
+
+
+def test_a_foreach_keeps_to_what_an_account_may_have(project):
+    project.write(
+        "flow.py",
+        """
+        import time
+        from metaflow import FlowSpec, sandbox, step
+
+        class Many(FlowSpec):
+            @step
+            def start(self):
+                self.items = list(range(6))
+                self.next(self.work, foreach="items")
+
+            @sandbox(network=False)
+            @step
+            def work(self):
+                self.began = time.monotonic()
+                time.sleep(0.5)
+                self.ended = time.monotonic()
+                self.next(self.join)
+
+            @step
+            def join(self, inputs):
+                times = [(i.began, 1) for i in inputs] + [(i.ended, -1) for i in inputs]
+                now = self.most = 0
+                for _, change in sorted(times):
+                    now += change
+                    self.most = max(self.most, now)
+                self.next(self.end)
+
+            @step
+            def end(self):
+                print("at most", self.most)
+
+        if __name__ == "__main__":
+            Many()
+        """,
+    )
+    limit = {"METAFLOW_SANDBOX_CONCURRENT": "bubblewrap=2"}
+    output = project.run("flow.py", "run", env=limit).ok().output
+    assert "at most 2" in output
+    assert "waiting for a sandbox: bubblewrap is limited to 2 at once here" in output
+    assert "at most 2" not in project.run("flow.py", "run").ok().output
+
+
+def test_a_wrong_limit_is_refused_before_anything_runs(project):
+    project.write("flow.py", FLOW)
+    done = project.run("flow.py", "run", env={"METAFLOW_SANDBOX_CONCURRENT": "many"})
+    assert done.code != 0
+    assert "give numbers above 0" in done.output
