@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench bench-start docs clean
+.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench bench-start faults soak docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,14 +37,22 @@ test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/unit tests/structural
 
 test: check test-fast
-	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks tests/faults
 
 # The same as a user without rights, since sandboxes are made in another way then.
 test-unprivileged:
 	scripts/as-unprivileged-user make test-flows
 
 test-flows: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks tests/faults
+
+# Every fault at every boundary; `make test` runs a part that changes with the commit.
+faults: $(VENV)/dev
+	FAULTS=all $(BIN)/python -m pytest -q -n 2 tests/faults
+
+# A foreach of 1,000 with random faults.
+soak: $(VENV)/dev
+	$(BIN)/python tests/faults/soak.py
 
 # Every Python and both ends of Metaflow's range; `make test-matrix CASES=…` for a part.
 test-matrix:

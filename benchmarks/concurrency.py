@@ -144,7 +144,9 @@ def group(found, scheduler, kind_of_attempt):
     """{kind: process ids} of those that are the attempts' cost."""
     supervisors = [pid for pid, p in found.items() if p.kind == "supervisor"]
     if kind_of_attempt == "plain":
-        plain = [p for p, x in found.items() if x.parent == scheduler and " step work " in x.command]
+        plain = [
+            p for p, x in found.items() if x.parent == scheduler and " step work " in x.command
+        ]
         return {"attempts": plain}
     return {
         "clients": [pid for pid, p in found.items() if p.kind == "client"],
@@ -160,8 +162,10 @@ def measure(directory, environment, tasks, kind, seconds, profile=None):
     log = Path(directory, f"{kind}.log")
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, f"flow_{kind}.py", "--no-pylint", "run"]
-            + ["--max-workers", str(tasks), "--max-num-splits", str(tasks)],
+            [
+                *(sys.executable, f"flow_{kind}.py", "--no-pylint", "run"),
+                *("--max-workers", str(tasks), "--max-num-splits", str(tasks)),
+            ],
             cwd=directory,
             env={
                 **environment,
@@ -198,7 +202,9 @@ def measure(directory, environment, tasks, kind, seconds, profile=None):
     others = sum(
         p.cpu
         for p in known.values()
-        if p.parent == process.pid and (" step work " not in p.command or kind == "plain") and p.kind == "other"
+        if p.parent == process.pid
+        and (" step work " not in p.command or kind == "plain")
+        and p.kind == "other"
     )
     if kind == "plain":
         measured.cpu["attempts"] = sum(
@@ -231,6 +237,7 @@ def capture(directory, environment):
         env={**environment, "WIDE": "1", "SECONDS": "0"},
         capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode != 0:
         raise SystemExit(done.stdout + done.stderr)
@@ -277,7 +284,9 @@ def main():
             sandboxed = name != "plain"
             source = FLOW.replace("DECORATOR_IMPORT", "from metaflow import sandbox" * sandboxed)
             source = source.replace("DECORATOR", f"@sandbox(backend='{name}')" * sandboxed)
-            source = source.replace("PAUSE", "" if sandboxed else "time.sleep(float(os.environ['SECONDS']))")
+            source = source.replace(
+                "PAUSE", "" if sandboxed else "time.sleep(float(os.environ['SECONDS']))"
+            )
             Path(directory, f"flow_{name}.py").write_text(source)
         capture(directory, environment)
         print("| launcher | tasks | at once | CPU s a task | PSS MB a task | RSS MB a task | s |")
@@ -289,7 +298,9 @@ def main():
             row("one supervisor", measured)
             details(measured)
         if options.plain:
-            measured = measure(directory, environment, options.plain, "plain", 20 + options.plain * 2.0)
+            measured = measure(
+                directory, environment, options.plain, "plain", 20 + options.plain * 2.0
+            )
             row("a Metaflow each", measured)
 
 

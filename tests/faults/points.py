@@ -16,7 +16,7 @@ import anyio
 #: {point: (module, class, method, whether it is stopped at after it has run)}
 POINTS = {
     "creating": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "_start", True),
-    "created": ("launch.attempt", "Attempt", "_create", True),
+    "created": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "facts", False),
     "uploading": ("launch.stage", "Staging", "_inputs", True),
     "starting": ("launch.attempt", "Attempt", "_run_step", False),
     "running": ("launch.attempt", "Attempt", "_frames", False),

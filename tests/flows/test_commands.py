@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import anyio
 import pytest
@@ -190,3 +191,44 @@ def test_a_wrong_limit_is_refused_before_anything_runs(project):
     done = project.run("flow.py", "run", env={"METAFLOW_SANDBOX_CONCURRENT": "many"})
     assert done.code != 0
     assert "give numbers above 0" in done.output
+
+
+def test_a_trace_of_an_attempt_tells_what_it_did_and_no_secret(project):
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, sandbox, step
+
+        class Traced(FlowSpec):
+            @sandbox(env=["TOKEN"], network=False)
+            @step
+            def start(self):
+                import os
+                print("printed " + os.environ["TOKEN"])
+                self.kept = os.environ["TOKEN"]
+                self.next(self.end)
+
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Traced()
+        """,
+    )
+    secret = {"TOKEN": "canary-0451", "METAFLOW_SANDBOX_DEBUG": "1"}
+    output = project.run("flow.py", "run", env=secret).ok().output
+    base = Path(project.environment["HOME"], ".local/state/metaflow-sandbox/debug")
+    (directory,) = base.iterdir()
+    assert str(directory) in output
+    assert directory.stat().st_mode & 0o077 == 0
+    text = (directory / "events.jsonl").read_text()
+    assert "canary-0451" not in text
+    events = [json.loads(line) for line in text.splitlines()]
+    names = [event["event"] for event in events]
+    assert list(dict.fromkeys(names)) == [
+        "attempt", "create", "created", "frame", "exit", "destroy", "end",
+    ]  # fmt: skip
+    assert events[0]["variables"] == ["TOKEN"]
+    assert {"o", "x"} <= {event["kind"] for event in events if event["event"] == "frame"}
+    assert {"create", "run", "record"} <= events[-1]["timings"].keys()

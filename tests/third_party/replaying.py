@@ -8,7 +8,7 @@ and hundreds of sandboxes fit on a small machine.
     REPLAY_CREATE     seconds that `create` takes (0)
     REPLAY_SECONDS    seconds that a step takes: "2", or "0.5-2" for a random time (0)
     REPLAY_FAULTS     shares of sandboxes that meet a fault: "gone=0.01,lost=0.05" (none)
-    REPLAY_LOG        file that gets a line for each sandbox, fault and end (none)
+    REPLAY_LOG        file that gets a line for each event: what, which sandbox, process (none)
 """
 
 import base64
@@ -109,6 +109,7 @@ class ReplayedSandbox(Sandbox):
             _log(fault, self.id)
             raise _error(fault, self)
         await anyio.sleep(left)
+        _log("end", self.id)
         inputs = self.spec.mounts[f"{self.backend.inbox}/attempt"]
         await on_stdout(_end(captured(self.spec.labels["metaflow-step"]), _inherited(inputs)))
 
@@ -152,7 +153,8 @@ def _error(fault, sandbox):
 def _log(*words):
     if path := os.environ.get("REPLAY_LOG"):
         with open(path, "a") as file:
-            file.write(" ".join(words) + "\n")  # one write, so that lines of all stay whole
+            # One write, so that the lines of all processes stay whole.
+            file.write(" ".join([*words, str(os.getpid())]) + "\n")
 
 
 # --- the end of a step, as another task of it left it

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -22,10 +21,12 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, ver
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 from metaflow import metaflow_config
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from ..admission import internals, reader, results
+from ..admission import internals, results
+from ..admission.readers import Readers
 from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
@@ -38,6 +39,7 @@ from .quota import Places
 from .record import Recorder
 from .stage import Staging, code_mounts
 from .store import Parent, parents_of
+from .trace import Trace
 
 # The launcher ends the step at its deadline; the provider ends what a dead launcher left.
 _LIFETIME_MARGIN = 600.0
@@ -104,6 +106,9 @@ class Attempt:
     """Runs one attempt. `run` returns the exit code for Metaflow's scheduler.
 
     Args:
+        places: where it waits for its sandbox.
+        readers: read what a step left, in processes of their own.
+        recording: how many attempts may record at once: each has a blob in memory.
         out, err: descriptors that Metaflow's scheduler reads; the caller closes them.
     """
 
@@ -113,6 +118,8 @@ class Attempt:
         backend: Backend,
         recorder: Recorder,
         places: Places,
+        readers: Readers,
+        recording: anyio.CapacityLimiter,
         *,
         out: int,
         err: int,
@@ -122,6 +129,9 @@ class Attempt:
         self.backend = backend
         self.recorder = recorder
         self._places = places
+        self._recording = recording
+        self._readers = readers
+        self._trace = Trace(job)
         self.timings: dict[str, float] = {}
         self._python = self.request.executable or backend.interpreter(self.request.image)
         self._code: dict[str, Path] = {}  # the mounts that hold no secret
@@ -143,8 +153,11 @@ class Attempt:
         finally:
             with anyio.CancelScope(shield=True):
                 await blocking(partial(shutil.rmtree, directory, ignore_errors=True))
+            self._trace.event("end", timings=self.timings)
             if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
                 await self._say(json.dumps(self.timings))
+            if self._trace.directory is not None:
+                await self._say(f"what this attempt did is in {self._trace.directory}")
 
     async def _run(self, directory: Path) -> int:
         try:
@@ -154,6 +167,7 @@ class Attempt:
                     outcome = await self._run_step()
                     code = await self._finish(outcome, parents, directory)
             except (SandboxError, Rejected, Failed, OSError) as e:
+                self._trace.event("failed", error=type(e).__name__)
                 await self._say(str(e))
                 await blocking(self.recorder.fail)
                 code = 1
@@ -189,14 +203,19 @@ class Attempt:
             self.recorder.begin(parents)
 
         async def create() -> None:
+            spec = self._spec(mounts)
+            self._trace.asked(spec)
             async with _timed(self.timings, "create"):
-                self._sandbox = await self._create(self._spec(mounts))
+                self._sandbox = await self._create(spec)
+            self._trace.event("created", id=self._sandbox.id, **self._sandbox.facts())
 
         with plain_errors():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(create)
                 async with _timed(self.timings, "stage"):
                     await blocking(stage)
+        # A cancelled group whose own task was in a thread ends as if nothing had been.
+        await anyio.lowlevel.checkpoint_if_cancelled()
         self.recorder.facts.update(self._made.facts())
         await self._made.deliver(mounts)
         return parents
@@ -341,6 +360,7 @@ class Attempt:
             await self._frame(frame)
 
     async def _frame(self, frame: Frame) -> None:
+        self._trace.frame(frame)
         if self._outcome is not None:
             raise ProtocolError("frames go on after the end", op="stream")
         if frame.kind == "x":
@@ -367,6 +387,7 @@ class Attempt:
                 f"{self._output_bytes >> 20} MB (METAFLOW_SANDBOX_MAX_OUTPUT)."
             )
         exited_well = outcome.rc == 0 and outcome.problem is None
+        self._trace.event("exit", code=outcome.rc, signal=outcome.signal, seconds=outcome.seconds)
         delivered = results.Results()
         if outcome.problem is None:
             delivered = await self._collect(outcome, directory)
@@ -386,7 +407,7 @@ class Attempt:
                 limit=limit,
             )
             async with _timed(self.timings, "record"):
-                verdict = await blocking(finish)
+                verdict = await anyio.to_thread.run_sync(finish, limiter=self._recording)
             if verdict.succeeded:
                 return 0
             explained = verdict.explained
@@ -429,20 +450,7 @@ class Attempt:
         """Has the values that only the step can know read by a process that can be ended."""
         request = partial(self.recorder.internals_request, parents, delivered, directory)
         items = await blocking(request)
-        packages = str(Path(__file__).parents[2])
-        command = [sys.executable, "-I", "-S", "-c", reader.PROGRAM, packages]
-        try:
-            with anyio.fail_after(reader.SECONDS * 3):
-                done = await anyio.run_process(
-                    command, input=json.dumps({"items": items}).encode(), check=False
-                )
-        except TimeoutError:
-            done = None
-        if done is None or done.returncode != 0:
-            raise Rejected(
-                "what the step left for Metaflow's scheduler takes too long or too much to read"
-            )
-        return internals.Delivered(json.loads(done.stdout))
+        return internals.Delivered(await self._readers.read(items))
 
     def _why(self, outcome: Outcome) -> str:
         if outcome.problem:
@@ -494,6 +502,7 @@ class Attempt:
     async def _destroy(self) -> None:
         if self._sandbox is not None:
             sandbox, self._sandbox = self._sandbox, None
+            self._trace.event("destroy")
             with anyio.CancelScope(shield=True):
                 await sandbox.destroy()
 

@@ -23,6 +23,7 @@ import anyio
 import anyio.abc
 from metaflow._vendor import click
 
+from ..admission.readers import Readers
 from ..backends import registry
 from ..backends.base import Backend
 from ..concurrency import plain_errors, write_all
@@ -36,6 +37,7 @@ from .record import Recorder
 _MAX_MESSAGE = 64 << 20
 _BACKLOG = 1024
 _POLL_SECONDS = 0.5
+_RECORDING = 4  # attempts that may have a blob in memory
 
 
 class Supervisor:
@@ -50,11 +52,13 @@ class Supervisor:
         self._context = context
         self._parse = parse
         self._backends: dict[str, tuple[Backend, Places]] = {}
+        self._readers = Readers()
+        self._recording = anyio.CapacityLimiter(_RECORDING)
         self._ended = anyio.Event()
 
     async def serve(self, listener: socket.socket) -> None:
         """Accepts clients until `end`; then ends what is left of their attempts."""
-        async with anyio.create_task_group() as tasks:
+        async with contextlib.aclosing(self._readers), anyio.create_task_group() as tasks:
             tasks.start_soon(self._accept, listener, tasks)
             await self._ended.wait()
             tasks.cancel_scope.cancel()
@@ -143,7 +147,8 @@ class Supervisor:
             self._backends[job.backend] = backend, Places(backend)
         backend, places = self._backends[job.backend]
         recorder = Recorder(job, self._context.obj)
-        return Attempt(job, backend, recorder, places, out=out, err=err)
+        shared = places, self._readers, self._recording
+        return Attempt(job, backend, recorder, *shared, out=out, err=err)
 
 
 def supervise(

@@ -52,6 +52,7 @@ class Bubblewrap(Backend):
     def __init__(self) -> None:
         #: The thread in which the proxies of this process's sandboxes run.
         self.portals = BlockingPortalProvider()
+        self.uids = userns.Uids()
 
     @cached_property
     def means(self) -> limits.Means | None:

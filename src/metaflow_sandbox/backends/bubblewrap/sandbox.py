@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import itertools
 import json
 import os
 import resource
@@ -41,8 +40,6 @@ _MESSAGE = 60_000  # bytes of one request to the box
 _BOX = Path(__file__).with_name("box.py")
 _PLACE = "/mnt"  # where `enter.py` puts what another user could not reach
 _ENTER = Path(__file__).with_name("enter.py")
-_FIRST_UID = 1879048192  # far above what systems and their containers hand out
-_numbers = itertools.count()
 
 #: Processes and threads that a sandbox may have.
 PROCESSES = 2048
@@ -152,18 +149,21 @@ class BubblewrapSandbox(Sandbox):
         """Starts bubblewrap, which waits before it runs anything."""
         root = image.root(spec.image) if spec.image else policy.host_root()
         # As root another user runs bubblewrap for an image, or else the box becomes
-        # one. One for each sandbox, so that they can't signal each other and each has
-        # a limit of processes of its own. A pid is unique while it lives.
+        # one: another for each sandbox, so that they can't signal each other and each
+        # has a limit of processes of its own.
         uid = 1000
         if as_root := userns.global_root():
-            uid = _FIRST_UID + os.getpid() * 64 + next(_numbers) % 64
+            uid = self.backend.uids.take()
+            self._cleanup.callback(self.backend.uids.give_back, uid)
             for directory in writable.values():
                 os.chown(directory, uid, uid)
         before = False
         moved: dict[Path, str] = {}
         if as_root and isinstance(root, policy.ImageRoot):
             before = True
-            trees = [root.path, *spec.mounts.values(), program_tree(self.way.program)]
+            # Not what everybody may read: AppArmor knows /usr/bin/bwrap by that path alone.
+            program = [program_tree(self.way.program)]
+            trees = [root.path, *spec.mounts.values(), *(t for t in program if t != Path("/usr"))]
             moved = {tree: f"{_PLACE}/{i}" for i, tree in enumerate(trees)}
 
         control, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -239,15 +239,16 @@ class BubblewrapSandbox(Sandbox):
             if joined is not None:
                 passed.append(joined)
             if before:
-                home = program_tree(self.way.program)
-                found, place = Path(self.way.program).relative_to(home), moved[home]
+                home, started_by = program_tree(self.way.program), self.way.program
+                if home in moved:
+                    started_by = f"{moved[home]}/{Path(self.way.program).relative_to(home)}"
                 entry = {
                     "uid": uid,
                     "processes": PROCESSES,
                     "userns": joined,
                     "place": _PLACE,
                     "binds": {str(tree): os.path.basename(p) for tree, p in moved.items()},
-                    "argv": [f"{place}/{found}", *command[1:]],
+                    "argv": [started_by, *command[1:]],
                 }
                 passed.append(pass_on(_memfd("entry", json.dumps(entry).encode())))
                 command = [sys.executable, "-I", "-S", str(_ENTER), str(passed[-1])]

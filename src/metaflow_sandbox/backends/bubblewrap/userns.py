@@ -13,7 +13,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ...errors import BackendUnavailable
+from ...errors import BackendUnavailable, SandboxError
 
 _NS_GET_USERNS = 0xB701
 
@@ -30,6 +30,37 @@ def global_root() -> bool:
         return os.stat("/proc/sys/kernel").st_uid == 0
     except OSError:  # a /proc without it, on which bubblewrap fails by itself
         return True
+
+
+class Uids:
+    """Users that are nobody on this machine, one for each sandbox of this process."""
+
+    _FIRST = 1879048192  # far above what systems and their containers hand out
+    _EACH = 512  # for each process id, of which the kernel has up to 4,194,304
+
+    def __init__(self) -> None:
+        self._taken: set[int] = set()
+
+    def take(self) -> int:
+        """A user that no living sandbox has.
+
+        Raises:
+            SandboxError: this process has too many sandboxes.
+        """
+        first = self._FIRST + os.getpid() * self._EACH
+        for uid in range(first, first + self._EACH):
+            if uid not in self._taken:
+                self._taken.add(uid)
+                return uid
+        raise SandboxError(
+            f"one run can't have more than {self._EACH} sandboxes of bubblewrap at once: run it "
+            "with fewer --max-workers",
+            op="create",
+        )
+
+    def give_back(self, uid: int) -> None:
+        """Once nothing runs as this user any more."""
+        self._taken.discard(uid)
 
 
 def owner_of(namespace: int) -> int | None:
