@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 import anyio
 
@@ -29,6 +29,26 @@ from ..errors import NotEnforceable, SandboxError
 
 #: Receives a piece of a stream; awaiting it is the back-pressure.
 Sink = Callable[[bytes], Awaitable[None]]
+
+
+_UNPACK = """
+import os, sys, tarfile
+for path, target in zip(sys.argv[1::2], sys.argv[2::2]):
+    os.makedirs(target, exist_ok=True)
+    tarfile.open(path).extractall(target)
+    os.unlink(path)
+"""
+
+
+def _archive(source: Path) -> IO[bytes]:
+    """A directory as an archive, or the archive that it is already."""
+    if source.is_file():
+        return open(source, "rb")
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.add(source, arcname=".")
+    file.seek(0)
+    return file
 
 
 async def discard(data: bytes) -> None:
@@ -81,7 +101,8 @@ class SandboxSpec:
     Attributes:
         labels: plain strings, without secrets or user data, by which it is found again.
         lifetime: seconds after which the provider ends it, whatever happens to us.
-        mounts: {absolute path inside: directory on the host}. A backend on this
+        mounts: {absolute path inside: directory on the host, or for backends that don't
+            bind them an archive of one}. A backend on this
             machine binds them read-only, in this order, and content that comes later
             is seen; for others `Sandbox.deliver` copies them.
         cpu, memory (MB), disk (MB), gpu, image: None where nothing was asked.
@@ -227,34 +248,28 @@ class Sandbox(ABC):
     async def deliver(self, mounts: Mapping[str, Path]) -> None:
         """Brings the content of host directories to their paths inside.
 
-        As one archive, which the sandbox's own Python unpacks; nothing is left to do
-        where the backend bound the directories (`Backend.binds_mounts`).
+        As archives, which the sandbox's own Python unpacks; nothing is left to do where
+        the backend bound the directories (`Backend.binds_mounts`). A file among the
+        mounts is such an archive already.
 
         Raises:
-            SandboxError: the archive could not be unpacked.
+            SandboxError: an archive could not be unpacked.
         """
         if self.backend.binds_mounts:
             return
-        with tempfile.TemporaryFile() as file:
+        arguments = []
+        for number, (target, source) in enumerate(mounts.items()):
+            path = f"{self.backend.work}/.inputs-{number}"
+            with await anyio.to_thread.run_sync(_archive, source) as file:
 
-            def pack() -> None:
-                with tarfile.open(fileobj=file, mode="w") as archive:
-                    for target, source in mounts.items():
-                        archive.add(source, arcname=target.lstrip("/"))
-                file.seek(0)
+                async def pieces(file: IO[bytes] = file) -> AsyncIterator[bytes]:
+                    while piece := await anyio.to_thread.run_sync(file.read, 1 << 20):
+                        yield piece
 
-            async def pieces() -> AsyncIterator[bytes]:
-                while piece := await anyio.to_thread.run_sync(file.read, 1 << 20):
-                    yield piece
-
-            await anyio.to_thread.run_sync(pack)
-            path = f"{self.backend.work}/.inputs.tar"
-            await self.write(path, pieces())
-        script = (
-            "import os, sys, tarfile; "
-            "tarfile.open(sys.argv[1]).extractall('/'); os.unlink(sys.argv[1])"
-        )
-        result = await self.run([self.backend.python, "-I", "-S", "-c", script, path])
+                await self.write(path, pieces())
+            arguments += [path, target]
+        command = [self.backend.python, "-I", "-S", "-c", _UNPACK, *arguments]
+        result = await self.run(command)
         if result.exit_code != 0:
             raise SandboxError(
                 f"the inputs could not be unpacked in the sandbox (exit code {result.exit_code}): "

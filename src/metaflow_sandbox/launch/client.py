@@ -10,8 +10,10 @@ is one of these for each attempt that runs.
 from __future__ import annotations
 
 import os
-import socket
 import sys
+
+# What the module `socket` is made of: that would cost each client as much as Python itself.
+from _socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
 
 SOCKET = "supervisor"  # in the workspace; relative, since such paths may have 107 bytes
 HEADER = 8
@@ -23,8 +25,8 @@ def say(message: str) -> None:
     os.write(2, f"[sandbox] {message}\n".encode())
 
 
-def connect(workspace: str = ".") -> socket.socket:
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def connect(workspace: str = ".") -> socket:
+    line = socket(AF_UNIX, SOCK_STREAM)
     try:
         line.connect(f"{workspace}/{SOCKET}")
     except OSError:
@@ -60,7 +62,7 @@ def place_of_step(command: list[str]) -> int:
     raise SystemExit("client.py is started by Metaflow's scheduler alone")
 
 
-def connect_or_start(command: list[str], directory: str) -> socket.socket | None:
+def connect_or_start(command: list[str], directory: str) -> socket | None:
     """A line to the supervisor; None, and a message, if none could be started."""
     try:
         return connect()
@@ -103,11 +105,12 @@ def end(workspace: str, seconds: float) -> None:
     directory = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY)
     try:
         short = f"/proc/self/fd/{directory}" if os.path.exists("/proc/self/fd") else workspace
-        with connect(short) as line:
-            line.settimeout(seconds)
-            line.sendall(bytes(HEADER))
-            while line.recv(64):
-                pass
+        line = connect(short)
+        line.settimeout(seconds)
+        line.sendall(bytes(HEADER))
+        while line.recv(64):
+            pass
+        line.close()
     except OSError:
         pass
     finally:
@@ -124,7 +127,9 @@ def main(argv: list[str]) -> int:
             return 1
         words = command[place_of_step(command) + len(_COMMAND) :]
         message = "\0".join(words).encode()
-        socket.send_fds(line, [len(message).to_bytes(HEADER, "big")], [1, 2])
+        output = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (1, 2))
+        header = len(message).to_bytes(HEADER, "big")
+        line.sendmsg([header], [(SOL_SOCKET, SCM_RIGHTS, output)])
         line.sendall(message)
         answer = b""
         while piece := line.recv(64):

@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def code_mounts(
 
     A backend that binds directories gets Metaflow from where it is installed, since
     that is what Metaflow packages: it need not be unpacked, and its bytecode is there.
+    Others get one archive, made once for all attempts of the run.
 
     Args:
         metadata: the code package's, as Metaflow writes it.
@@ -72,7 +74,7 @@ def code_mounts(
     """
     inside = f"{backend.inbox}/code"
     if not backend.binds_mounts:
-        return {inside: code_tree(workspace / "code", metadata, load)}
+        return {inside: packed(code_tree(workspace / "code", metadata, load))}
     tree = code_tree(workspace / "code-without-metaflow", metadata, load, without=_METAFLOW)
     return {inside: tree, f"{inside}/{_METAFLOW}": Path(metaflow.__file__).parent}
 
@@ -116,6 +118,21 @@ def code_tree(
                 if not path.is_symlink():
                     path.chmod(path.stat().st_mode & 0o777 | 0o444)
         new.rename(target)
+    return target
+
+
+def packed(tree: Path) -> Path:
+    """An archive of a tree that nobody changes, made by whoever needs it first."""
+    target = tree.with_name(f"{tree.name}.tar.gz")
+    if target.is_file():
+        return target
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            new = target.with_suffix(".new")
+            with tarfile.open(new, "w:gz") as archive:
+                archive.add(tree, arcname=".")
+            new.rename(target)
     return target
 
 

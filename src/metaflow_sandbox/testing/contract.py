@@ -9,6 +9,7 @@ import resource
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -386,6 +387,20 @@ class BackendContract:
             (inputs / "sub" / "file").write_bytes(b"later")  # staged while it starts
             await sandbox.deliver(mounts)
             assert await sandbox.read_bytes(f"{backend.inbox}/attempt/sub/file", 100) == b"later"
+
+    async def test_a_mount_may_be_an_archive_where_it_is_not_bound(
+        self, backend: Backend, tmp_path: Path
+    ) -> None:
+        if backend.binds_mounts:
+            return
+        (tmp_path / "tree" / "sub").mkdir(parents=True)
+        (tmp_path / "tree" / "sub" / "file").write_bytes(b"packed")
+        with tarfile.open(tmp_path / "tree.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "tree", arcname=".")
+        mounts = {f"{backend.inbox}/code": tmp_path / "tree.tar.gz"}
+        async with self.made(backend) as sandbox:
+            await sandbox.deliver(mounts)
+            assert await sandbox.read_bytes(f"{backend.inbox}/code/sub/file", 100) == b"packed"
 
     # --- what it declares
 
