@@ -192,6 +192,8 @@ def supervise(
             tasks.cancel_scope.cancel()
 
     anyio.run(run)
+    # Nothing is left to tidy up, and the scheduler waits for this process.
+    os._exit(0)
 
 
 def _close_all(fds: list[int]) -> None:
