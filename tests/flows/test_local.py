@@ -271,3 +271,39 @@ def test_what_limited_a_step_is_recorded(project):
     assert known["sandbox-network"] == "none"
     limits = known["sandbox-limits"]
     assert limits in done.output or limits == "watcher"
+
+
+def test_an_interpreter_may_be_named_by_a_path_with_dots(project):
+    """As `../venv/bin/python flow.py` does."""
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, bubblewrap, step
+
+        class Dots(FlowSpec):
+            @bubblewrap(network=False)
+            @step
+            def start(self):
+                import sys
+                self.python = sys.executable
+                self.next(self.end)
+
+            @step
+            def end(self):
+                print("inside:", self.python)
+
+        if __name__ == "__main__":
+            Dots()
+        """,
+    )
+    (project.directory / "below").mkdir()
+    python = os.path.relpath(os.path.dirname(sys.executable), project.directory / "below")
+    done = subprocess.run(
+        [f"{python}/{os.path.basename(sys.executable)}", "../flow.py", "--no-pylint", "run"],
+        cwd=project.directory / "below",
+        env=project.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "inside: /" in done.stdout

@@ -38,7 +38,7 @@ from .store import Parent, blob_files
 
 # Sends back with the exit frame what is no larger than this.
 INLINE_BYTES = 256 << 10
-PROCESSES = 1024
+PROCESSES = 2048
 _METAFLOW = ".mf_code/metaflow"
 _INFO_KEPT = {
     "platform",

@@ -47,7 +47,7 @@ class Bubblewrap(Backend):
     work = policy.WORK
     inbox = "/inbox"
     binds_mounts = True
-    python = sys.executable
+    python = policy.PYTHON
 
     def __init__(self) -> None:
         #: The thread in which the proxies of this process's sandboxes run.

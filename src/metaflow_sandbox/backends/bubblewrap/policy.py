@@ -42,6 +42,20 @@ GROUP = b"root:x:0:\nsandbox:x:%d:\n"
 HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost sandbox\n"
 
 
+def plain(path: str) -> str:
+    """The same place without "..", of which the parts before it don't exist in a sandbox.
+
+    Links stay links: a virtual environment is known by the link through which it is used.
+    """
+    if ".." not in Path(path).parts:
+        return path
+    return os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
+
+
+#: The interpreter of this process, as a sandbox sees it.
+PYTHON = plain(sys.executable)
+
+
 def python_trees() -> list[Path]:
     """The directories of this Python environment that a step needs: no other of the host's.
 
@@ -51,16 +65,13 @@ def python_trees() -> list[Path]:
     trees hold what nobody means to share; the flow's own code travels in its
     code package.
     """
-    trees = [Path(sys.base_prefix), Path(sys.prefix), Path(sys.base_exec_prefix)]
-    trees += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-    trees += [
-        Path(entry)
-        for entry in sys.path
-        if os.path.basename(entry) in ("site-packages", "dist-packages")
-    ]
+    places = [sys.base_prefix, sys.prefix, sys.base_exec_prefix]
+    places += [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    places += [e for e in sys.path if os.path.basename(e) in ("site-packages", "dist-packages")]
+    trees = [Path(plain(place)) for place in places]
     # A virtual environment's interpreter is a chain of links to the real one, through
     # other environments: but a link may lie anywhere, so only those count.
-    link = Path(sys.executable)
+    link = Path(PYTHON)
     library = f"lib/python{sys.version_info.major}.{sys.version_info.minor}"
     while link.is_symlink():
         link = Path(os.path.normpath(link.parent / link.readlink()))

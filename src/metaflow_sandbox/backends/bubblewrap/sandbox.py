@@ -191,7 +191,7 @@ class BubblewrapSandbox(Sandbox):
             variables = {
                 "HOME": f"{policy.WORK}/home",
                 "TMPDIR": f"{policy.WORK}/tmp",
-                "PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+                "PATH": f"{Path(policy.PYTHON).parent}:/usr/local/bin:/usr/bin:/bin",
                 "LANG": "C.UTF-8",
                 "USER": "sandbox",
             }
