@@ -158,7 +158,7 @@ def test_a_foreach_keeps_to_what_an_account_may_have(project):
             @step
             def work(self):
                 self.began = time.monotonic()
-                time.sleep(0.5)
+                time.sleep(1.5)  # so that the last waits for longer than goes unsaid
                 self.ended = time.monotonic()
                 self.next(self.join)
 
