@@ -91,6 +91,14 @@ def _locked(lock: Path) -> bool:
     return False
 
 
+def remove_old(directory: Path, seconds: float, pattern: str = "*") -> None:
+    """Removes the directories in a directory that nobody has changed for so long."""
+    for path in directory.glob(pattern):
+        with contextlib.suppress(OSError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > seconds:
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def living(kind: str, bury: Callable[[Path], None] | None = None) -> list[Path]:
     """The leases of a kind whose owners live. Removes those whose owners don't.
 
@@ -98,12 +106,9 @@ def living(kind: str, bury: Callable[[Path], None] | None = None) -> list[Path]:
         bury: called with each of those before it is removed.
     """
     found = []
+    remove_old(base(), _ABANDONED_SECONDS, f"{_NEW}*")
     for path in base().iterdir():
-        if path.name.startswith(_NEW):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(f"{kind}-"):
+        if path.name.startswith(f"{kind}-"):
             if _locked(path / "lock"):
                 found.append(path)
             else:

@@ -13,7 +13,7 @@ from remote_like import RemoteLike
 
 from metaflow_sandbox.backends.base import SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap, limits, network
-from metaflow_sandbox.errors import SandboxGone
+from metaflow_sandbox.errors import SandboxError, SandboxGone
 from metaflow_sandbox.testing import BackendContract
 
 
@@ -129,6 +129,30 @@ def test_too_many_files_end_a_sandbox():
 
     said = anyio.run(attack) or "the files ran out by themselves"
     assert "memory" in said or "files" in said
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("truncate -s 1T sparse", "over 128 MB"),
+        ("touch hidden; chmod 000 hidden", "can be read"),
+    ],
+)
+def test_what_can_not_be_kept_whole_is_said_and_fills_no_disk(script, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    async def attack():
+        sandbox = await Bubblewrap().create(SandboxSpec(disk=64, network=False))
+        try:
+            await sandbox.run(["sh", "-c", script])
+            with pytest.raises(SandboxError, match=said):
+                await sandbox.keep({})
+            assert (await sandbox.run(["true"])).exit_code == 0
+        finally:
+            await sandbox.destroy()
+
+    anyio.run(attack)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_a_means_that_does_not_serve_gives_way_to_the_next(monkeypatch, tmp_path):

@@ -18,7 +18,6 @@ from _socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
 SOCKET = "supervisor"  # in the workspace; relative, since such paths may have 107 bytes
 HEADER = 8
 _COMMAND = ["sandbox", "step"]
-_START_SECONDS = 300
 
 
 def say(message: str) -> None:

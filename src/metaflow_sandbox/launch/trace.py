@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from platformdirs import user_state_path
 
 from ..agent.frames import Frame
 from ..backends.base import SandboxSpec
+from ..leases import remove_old
 from .job import Job
 
-_DAYS = 7
+_SECONDS = 7 * 86400.0
+_MOST = 100_000  # events: a step decides how many frames there are
 
 
 class Trace:
@@ -33,13 +34,12 @@ class Trace:
     def __init__(self, job: Job) -> None:
         self.directory: Path | None = None
         self._start = time.monotonic()
+        self._events = 0
         if os.environ.get("METAFLOW_SANDBOX_DEBUG", "0") in ("", "0"):
             return
         base = Path(user_state_path("metaflow-sandbox")) / "debug"
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in base.iterdir():
-            if time.time() - old.stat().st_mtime > _DAYS * 86400:
-                shutil.rmtree(old, ignore_errors=True)
+        remove_old(base, _SECONDS)
         name = f"{job.flow}-{job.run}-{job.step}-{job.task}-{job.attempt}"
         self.directory = base / name
         self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -47,8 +47,9 @@ class Trace:
 
     def event(self, name: str, **facts: Any) -> None:
         """Notes that something happened. No fact may be a secret."""
-        if self.directory is None:
+        if self.directory is None or self._events >= _MOST:
             return
+        self._events += 1
         seconds = round(time.monotonic() - self._start, 4)
         line = json.dumps({"seconds": seconds, "event": name, **facts}, default=str)
         with open(self.directory / "events.jsonl", "a") as file:

@@ -1,7 +1,7 @@
 """Sandboxes on this machine, made of Linux namespaces by bubblewrap.
 
 A sandbox is one bubblewrap process with `box.py` as the first process inside
-(`policy.py` says what it sees, `seccomp.py` what it may call, `cgroup.py` what it
+(`policy.py` says what it sees, `seccomp.py` what it may call, `limits.py` what it
 may use). It shares the host's kernel: see docs/security.md for what that is worth.
 """
 
@@ -155,6 +155,8 @@ class Bubblewrap(Backend):
                 op="create",
             )
         self.refuse(spec)
+        if spec.network is None:
+            spec = replace(spec, network=True)
         problems = []
         for way in self._ways(spec):
             try:
@@ -182,7 +184,7 @@ class Bubblewrap(Backend):
         means: list[limits.Means | None] = [self.means]
         if isinstance(self.means, limits.Scope) and spec.cpu is None:
             means.append(None)
-        routes = [True, False] if spec.network in (None, True) and self.has_route else [False]
+        routes = [True, False] if spec.network is True and self.has_route else [False]
         namespaces = [False, True] if userns.global_root() else [False]
         for program, namespace, route, held in product(candidates(), namespaces, routes, means):
             yield Way(program, held, route, namespace)

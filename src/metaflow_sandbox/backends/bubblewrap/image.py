@@ -18,7 +18,6 @@ import re
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import anyio
 from platformdirs import user_cache_path
 
 from ...errors import SandboxError
+from ...leases import remove_old
 from . import policy
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -244,16 +244,10 @@ def root(name: str) -> policy.ImageRoot:
     """
     found = parse(name)
     if isinstance(found, Path):
-        return policy.ImageRoot(found)
+        return policy.ImageRoot(found, {})
     if not (found.unpacked / "rootfs").is_dir():
         raise BadImage(f"image={name!r} was not unpacked yet", op="create")
-    return policy.ImageRoot(found.unpacked / "rootfs")
-
-
-def variables(name: str) -> dict[str, str]:
-    """The environment that an image sets."""
-    found = parse(name)
-    return {} if isinstance(found, Path) else found.variables
+    return policy.ImageRoot(found.unpacked / "rootfs", found.variables)
 
 
 #: Runs `unpack.py` in a sandbox: (layers, directory to fill).
@@ -283,7 +277,7 @@ async def prepare(name: str, unpack: Unpacker) -> None:
 async def _prepare(found: Layout, unpack: Unpacker) -> None:
     cache = _cache()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _sweep(cache)
+    remove_old(cache, _ABANDONED_SECONDS, ".new-*")  # of processes that were killed
     with open(f"{found.unpacked}.lock", "w") as lock:
         await _alone(lock.fileno())
         if found.unpacked.is_dir():
@@ -320,14 +314,6 @@ def _verify(path: Path, digest: str) -> None:
         raise _broken(layout, f"the layer {path} can't be read: {e.strerror or e}") from e
     if "sha256:" + found.hexdigest() != digest:
         raise _broken(layout, f"the layer {path} is not what its digest says")
-
-
-def _sweep(cache: Path) -> None:
-    """Removes what was left half unpacked by a process that was killed."""
-    for left in cache.glob(".new-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
 
 
 UNPACK = Path(__file__).with_name("unpack.py")

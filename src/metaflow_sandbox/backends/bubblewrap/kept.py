@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..base import SandboxSpec
 
 ARCHIVE = "work.tar"
 INSIDE = "/kept"  # where a new sandbox sees the directory
-_DAYS = 7
+_SECONDS = 7 * 86400.0
 _NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 PACK = (
     "import sys, tarfile\n"
@@ -72,9 +71,7 @@ def name_of(spec: SandboxSpec, sandbox_id: str) -> str:
 def begin() -> Path:
     """A new directory to fill. Removes what is older than a week."""
     base = _base()
-    for old in base.iterdir():
-        if time.time() - old.stat().st_mtime > _DAYS * 86400:
-            shutil.rmtree(old, ignore_errors=True)
+    leases.remove_old(base, _SECONDS)
     return Path(tempfile.mkdtemp(prefix=".new-", dir=base))
 
 

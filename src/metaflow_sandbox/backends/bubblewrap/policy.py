@@ -185,9 +185,13 @@ class ImageRoot:
     ever mounted below them, since bubblewrap would follow an image's links while it
     makes mount points, and write on the host (CVE-2026-87766). For the same reason
     /etc is put together file by file, and links are copied as links.
+
+    Attributes:
+        variables: the environment that the image sets.
     """
 
     path: Path
+    variables: Mapping[str, str]
 
     def add_to(self, o: Options) -> None:
         self._entries(o, self.path, "/", _NOT_FROM_IMAGES)

@@ -195,9 +195,9 @@ class BubblewrapSandbox(Sandbox):
                 "LANG": "C.UTF-8",
                 "USER": "sandbox",
             }
-            if spec.image:
+            if isinstance(root, policy.ImageRoot):
                 variables.pop("PATH")
-                variables = {"PATH": image.PATH, **image.variables(spec.image), **variables}
+                variables = {"PATH": image.PATH, **root.variables, **variables}
             proxied = self._proxied = self._connect(spec, files, variables)
             info, info_write = os.pipe()
             block_read, self._block = os.pipe()
@@ -272,9 +272,9 @@ class BubblewrapSandbox(Sandbox):
         self, spec: SandboxSpec, files: dict[str, bytes], variables: dict[str, str]
     ) -> bool:
         """Prepares the network that was asked for. Returns whether it is the proxy."""
-        if not spec.network and spec.network is not None:
+        if spec.network is False:
             return False
-        if spec.network in (None, True) and self.way.route:
+        if self.way.route:
             self._route = network.Route()
             files["/etc/resolv.conf"] = network.RESOLV
             return False
@@ -339,8 +339,8 @@ class BubblewrapSandbox(Sandbox):
             )
         if listener is not None:
             self._gate = network.Gate(self.backend.portals)
-            listed = None if spec.network is None or spec.network is True else spec.network
-            rules = Rules(hosts=tuple(listed) if listed else None)
+            listed = None if isinstance(spec.network, bool) else tuple(spec.network or ())
+            rules = Rules(hosts=listed)
             await self._gate.open(listener, rules)
 
     async def _died(self) -> BackendUnavailable:
@@ -364,19 +364,34 @@ class BubblewrapSandbox(Sandbox):
     async def keep(self, mounts: Mapping[str, Path]) -> str:
         directory = kept.begin()
         try:
-            with open(directory / kept.ARCHIVE, "wb") as file:
-
-                async def store(data: bytes) -> None:
-                    file.write(data)
-
-                command = [self.backend.interpreter(self._spec.image), "-I", "-S", "-c", kept.PACK]
-                await self.exec([*command, policy.WORK], on_stdout=store, timeout=_KEEP_SECONDS)
+            await self._pack(directory / kept.ARCHIVE)
             name = kept.name_of(self._spec, self.id)
             name = kept.finish(directory, name, self._spec, mounts)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
         return f"metaflow-sandbox shell {name}"
+
+    async def _pack(self, archive: Path) -> None:
+        """Stores the work directory.
+
+        Raises:
+            SandboxError: it is too large, or not all of it can be read.
+        """
+        # Twice what it may hold, since every file has a header. But a file may say that
+        # it is larger than any disk, and hold nothing.
+        most = (self._spec.disk or _DEFAULT_DISK) << 21
+        with open(archive, "wb") as file:
+
+            async def store(data: bytes) -> None:
+                if file.tell() + len(data) > most:
+                    raise SandboxError(f"as an archive they have over {most >> 20} MB", op="keep")
+                file.write(data)
+
+            command = [self.backend.interpreter(self._spec.image), "-I", "-S", "-c", kept.PACK]
+            code = await self.exec([*command, policy.WORK], on_stdout=store, timeout=_KEEP_SECONDS)
+        if code != 0:
+            raise SandboxError("not all of them can be read", op="keep")
 
     async def terminal(self, argv: Sequence[str]) -> int:
         """Runs a command at this process's terminal. Returns its exit code."""
