@@ -90,13 +90,9 @@ def code_tree(
     Returns:
         `target`, a directory that is complete and that nobody changes any more.
     """
-    if target.is_dir():
-        return target
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.is_dir():
-            return target
-        new = Path(tempfile.mkdtemp(dir=target.parent))
+
+    def make(new: Path) -> None:
+        new.mkdir()
         archiver = MetaflowPackage.get_backend(metadata)
         with archiver.cls_open(io.BytesIO(load())) as archive:
             members = [
@@ -117,22 +113,34 @@ def code_tree(
                 path = Path(folder, name)
                 if not path.is_symlink():
                     path.chmod(path.stat().st_mode & 0o777 | 0o444)
-        new.rename(target)
-    return target
+
+    return _once(target, make)
 
 
 def packed(tree: Path) -> Path:
     """An archive of a tree that nobody changes, made by whoever needs it first."""
-    target = tree.with_name(f"{tree.name}.tar.gz")
-    if target.is_file():
-        return target
-    with open(f"{target}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_file():
-            new = target.with_suffix(".new")
-            with tarfile.open(new, "w:gz") as archive:
-                archive.add(tree, arcname=".")
-            new.rename(target)
+
+    def make(new: Path) -> None:
+        with tarfile.open(new, "w:gz") as archive:
+            archive.add(tree, arcname=".")
+
+    return _once(tree.with_name(f"{tree.name}.tar.gz"), make)
+
+
+def _once(target: Path, make: Callable[[Path], None]) -> Path:
+    """A file or directory that all attempts of a run share: whoever needs it first makes it.
+
+    Args:
+        make: makes it at another path, from where it is moved when it is complete.
+    """
+    if not target.exists():
+        with open(f"{target}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                place = Path(tempfile.mkdtemp(dir=target.parent))
+                make(place / target.name)
+                (place / target.name).rename(target)
+                place.rmdir()
     return target
 
 
