@@ -58,7 +58,8 @@ class Unpacker:
             zipped = file.read(2) == GZIP
         # Not `r:*`: xz takes as much memory as its header says.
         with tarfile.open(path, "r:gz") if zipped else tarfile.open(path, "r:") as archive:
-            while (member := archive.next()) is not None:
+            # Not `next()`: before Python 3.11 that fails on an archive without members.
+            for member in archive:
                 # It would remember them all.
                 archive.members.clear()  # type: ignore[attr-defined]
                 self.count()
