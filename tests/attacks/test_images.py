@@ -21,7 +21,7 @@ import images
 import pytest
 from test_isolation import below_others, bubblewrap, end_all, left_of, places, with_token
 
-from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap, image, policy
 from metaflow_sandbox.backends.bubblewrap import sandbox as sandbox_module
 from metaflow_sandbox.errors import SandboxError, SandboxGone
@@ -65,7 +65,7 @@ def with_sandbox(name, function, prepare=True, **more):
     async def main():
         backend = Bubblewrap()
         if prepare:
-            await backend.prepare(str(name))
+            await backend.prepare(Recipe(str(name)))
         spec = SandboxSpec(image=str(name), disk=64, **{"network": False, **more})
         sandbox = await backend.create(spec)
         try:
@@ -132,7 +132,7 @@ def test_a_layer_that_leads_out_stays_inside(tmp_path, base_layer, victim, attac
 
 
 def prepared(name):
-    anyio.run(Bubblewrap().prepare, str(name))
+    anyio.run(Bubblewrap().prepare, Recipe(str(name)))
     return str(name)
 
 

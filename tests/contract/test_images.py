@@ -19,7 +19,7 @@ import anyio
 import images
 import pytest
 
-from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap, image, policy
 from metaflow_sandbox.testing import BackendContract
 
@@ -65,7 +65,7 @@ def cache(tmp_path_factory):
 
 
 def prepare(name):
-    anyio.run(Bubblewrap().prepare, str(name))
+    anyio.run(Bubblewrap().prepare, Recipe(str(name)))
 
 
 def run(name, *argv, prepared=False, **more):
@@ -74,7 +74,7 @@ def run(name, *argv, prepared=False, **more):
     async def main():
         backend = Bubblewrap()
         if not prepared:
-            await backend.prepare(str(name))
+            await backend.prepare(Recipe(str(name)))
         spec = SandboxSpec(image=str(name), disk=64, network=False, **more)
         sandbox = await backend.create(spec)
         try:
@@ -465,6 +465,7 @@ def test_an_image_that_was_not_prepared_is_refused(small):
 
 PREPARE = """
 import sys, time, anyio
+from metaflow_sandbox.backends.base import Recipe
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap
 class Spied(Bubblewrap):
     async def _create(self, spec, writable):
@@ -472,7 +473,7 @@ class Spied(Bubblewrap):
         if "wait" in sys.argv and writable:
             await anyio.sleep(60)
         return await super()._create(spec, writable)
-anyio.run(Spied().prepare, sys.argv[1])
+anyio.run(Spied().prepare, Recipe(sys.argv[1]))
 """
 
 
@@ -503,7 +504,7 @@ def test_a_prepare_that_is_killed_leaves_nothing_that_counts(tmp_path, base_laye
 
         async def impatient():
             with anyio.move_on_after(0.3):
-                await Bubblewrap().prepare(str(layout))
+                await Bubblewrap().prepare(Recipe(str(layout)))
 
         anyio.run(impatient)
         assert time.monotonic() - started < 5

@@ -14,7 +14,13 @@ from metaflow_extensions.sandbox.plugins.decorators import (
     SandboxDecorator,
     SandboxException,
 )
-from metaflow_sandbox.backends.base import Backend, Capabilities
+from metaflow_sandbox.backends.base import (
+    Backend,
+    Capabilities,
+    Prepared,
+    Recipe,
+    SandboxSpec,
+)
 from metaflow_sandbox.errors import BackendUnavailable, NotEnforceable, SandboxError
 from metaflow_sandbox.launch.request import TIMEOUT_MARGIN, InvalidParameter, Request
 
@@ -411,3 +417,67 @@ def test_a_variable_that_is_not_set_is_said_with_the_command(monkeypatch):
     monkeypatch.delenv("MISSING", raising=False)
     with pytest.raises(SandboxError, match="export MISSING="):
         a_request(env=["PATH", "MISSING"]).variables()
+
+
+# --- parameters that one backend has
+
+
+class MintyDecorator(SandboxDecorator):
+    name = backend = "theirs"
+    defaults = {**SandboxDecorator.defaults, "flavour": None}
+
+
+class Minty(Theirs):
+    options = {"flavour": "vanilla"}
+
+
+def test_a_parameter_that_one_backend_has_reaches_it_and_no_other():
+    request = a_request(kind=MintyDecorator, flavour="mint")
+    assert request.options == {"flavour": "mint"}
+    assert request.check(Minty())[0].options == {"flavour": "mint"}
+    assert a_request(kind=MintyDecorator).options == {}
+    with pytest.raises(NotEnforceable, match="no parameter flavour"):
+        replace(request, backend="other").check(Theirs())
+    with pytest.raises(InvalidParameter, match="flavour"):
+        a_request(kind=MintyDecorator, flavour=3)
+
+
+def test_a_backend_refuses_parameters_of_others():
+    spec = SandboxSpec(options={"flavour": "mint"})
+    Minty().refuse(spec)
+    with pytest.raises(NotEnforceable, match="no parameter flavour"):
+        Theirs().refuse(spec)
+
+
+# --- what sandboxes are made from
+
+
+def test_a_recipe_has_another_key_for_anything_else(tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels/a.whl").write_bytes(b"a")
+    recipe = Recipe("python:3.12", ("apt-get update",), {"/wheels": tmp_path / "wheels"})
+    key = recipe.key("linux/amd64")
+    assert key == recipe.key("linux/amd64") and len(key) == 40
+    others = [
+        replace(recipe, image="python:3.13"),
+        replace(recipe, image=None),
+        replace(recipe, setup=("apt-get", "update")),
+        replace(recipe, setup=()),
+        replace(recipe, files={"/other": tmp_path / "wheels"}),
+        replace(recipe, install=("sh", "x")),
+        replace(recipe, prefix="/env"),
+        replace(recipe, options={"runtime": "runsc"}),
+    ]
+    keys = {key, recipe.key(), *(other.key("linux/amd64") for other in others)}
+    (tmp_path / "wheels/a.whl").rename(tmp_path / "wheels/b.whl")
+    keys.add(recipe.key("linux/amd64"))
+    (tmp_path / "wheels/b.whl").write_bytes(b"b")
+    keys.add(recipe.key("linux/amd64"))
+    assert len(keys) == len(others) + 4
+
+
+@pytest.mark.anyio
+async def test_a_backend_that_prepares_nothing_refuses_to():
+    assert await Theirs().prepare(Recipe("an:image")) == Prepared("an:image")
+    with pytest.raises(NotEnforceable, match="prepare"):
+        await Theirs().prepare(Recipe("an:image", ("apt-get update",)))

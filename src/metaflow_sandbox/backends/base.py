@@ -15,6 +15,9 @@ Rules that hold for every adapter, and that `metaflow_sandbox.testing` checks:
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import tarfile
 import tempfile
 from abc import ABC, abstractmethod
@@ -49,6 +52,14 @@ def _archive(source: Path) -> IO[bytes]:
         archive.add(source, arcname=".")
     file.seek(0)
     return file
+
+
+#: Tells the user something, in a sentence: who waits for an image wants to know.
+Say = Callable[[str], Awaitable[None]]
+
+
+async def unsaid(line: str) -> None:
+    """A `Say` that tells nobody."""
 
 
 async def discard(data: bytes) -> None:
@@ -105,8 +116,10 @@ class SandboxSpec:
             bind them an archive of one}. A backend on this
             machine binds them read-only, in this order, and content that comes later
             is seen; for others `Sandbox.deliver` copies them.
-        cpu, memory (MB), disk (MB), gpu, image: None where nothing was asked.
+        cpu, memory (MB), disk (MB), gpu: None where nothing was asked.
+        image: as `Backend.prepare` returned it; None: the backend's own.
         network: False, True, or the hosts that may be reached; None: the backend's default.
+        options: those of `Backend.options` that the user gave.
     """
 
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -118,6 +131,73 @@ class SandboxSpec:
     gpu: int | None = None
     image: str | None = None
     network: bool | Sequence[str] | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the sandboxes of a step are made from, got ready once, before any step's code runs.
+
+    Attributes:
+        image: as the user named it; None: the backend's own.
+        setup: shell commands, run in this order as root.
+        files: {absolute path inside: file or directory on the host}, there for `install` alone.
+        install: a command that runs after `setup`, without need of a network.
+        prefix: the directory that `install` fills, which sandboxes have at the same path.
+        options: as in `SandboxSpec`.
+    """
+
+    image: str | None = None
+    setup: tuple[str, ...] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
+    install: tuple[str, ...] = ()
+    prefix: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing has to be made beyond the image."""
+        return not self.setup and not self.install
+
+    def key(self, *more: str) -> str:
+        """40 hexadecimal digits that are another for anything else, contents of files included.
+
+        Args:
+            more: what else decides: an image's digest, a platform, a size. Blocking, as it
+                reads the files.
+        """
+        files = {path: _digest(source) for path, source in sorted(self.files.items())}
+        parts = (self.image, self.setup, files, self.install, self.prefix, dict(self.options), more)
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _digest(source: Path) -> list[tuple[str, str]]:
+    """(relative path, sha256 of the content) of a file, or of all below a directory."""
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(Path(top, name) for top, _, names in os.walk(source) for name in names)
+    found = []
+    for path in paths:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        found.append((os.path.relpath(path, source), digest.hexdigest()))
+    return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Backend.prepare` made of a recipe.
+
+    Attributes:
+        image: for `SandboxSpec.image`.
+        mounts: for `SandboxSpec.mounts`, beside the others.
+    """
+
+    image: str | None = None
+    mounts: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -313,6 +393,8 @@ class Backend(ABC):
     #: What users write: `@sandbox(backend=name)`.
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    #: Parameters that only this backend's decorator has, with an example of each: strings.
+    options: ClassVar[Mapping[str, str]] = {}
     #: What launchers keep to, unless the user set something else.
     quota: Quota = Quota()
     #: A directory inside that the step can write, empty at the start.
@@ -352,12 +434,18 @@ class Backend(ABC):
     def sweep(self) -> None:  # noqa: B027 - most have nothing on this machine
         """Ends and removes what launchers that were killed left on this machine."""
 
-    async def prepare(self, image: str | None) -> None:  # noqa: B027 - most have nothing to do
-        """Gets an image ready, once a run, before any task starts.
+    async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
+        """Gets ready what a step's sandboxes are made from, before any task starts.
+
+        It is kept, found again by `Recipe.key`, and made once by launchers that want it
+        at the same time: whoever comes later waits.
 
         Raises:
-            SandboxError: it isn't there, or can't be used, with what to do.
+            SandboxError: it isn't there, or can't be made, with what to do.
         """
+        if not recipe.plain:
+            raise NotEnforceable(f"{self.name} can't prepare an image", op="prepare")
+        return Prepared(recipe.image)
 
     def account(self) -> str:
         """Whose quota sandboxes count for, in a form that may be hashed; never a key."""
@@ -385,6 +473,8 @@ class Backend(ABC):
         for name in ("cpu", "memory", "disk", "gpu", "image"):
             if getattr(spec, name) is not None and not getattr(limits, name):
                 raise NotEnforceable(f"{name} can't be had from {self.name} here", op="create")
+        for name in sorted(set(spec.options) - set(self.options)):
+            raise NotEnforceable(f"{self.name} has no parameter {name}", op="create")
         if spec.network is not None:
             kind = network_kind(spec.network)
             if kind not in limits.network:

@@ -133,7 +133,7 @@ class Attempt:
         self._readers = readers
         self._trace = Trace(job)
         self.timings: dict[str, float] = {}
-        self._python = self.request.executable or backend.interpreter(self.request.image)
+        self._python = self.request.executable or backend.interpreter(job.prepared.image)
         self._code: dict[str, Path] = {}  # the mounts that hold no secret
         self._sandbox: Sandbox | None = None
         self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
@@ -193,6 +193,7 @@ class Attempt:
             mounts = await blocking(
                 partial(code_mounts, job.workspace, job.package[0], load_package, backend)
             )
+        mounts.update(job.prepared.mounts)
         self._code = dict(mounts)
         mounts[staging.inside] = directory
         parents: list[Parent] = []
@@ -241,8 +242,9 @@ class Attempt:
             memory=memory if limits.memory else None,
             disk=disk if limits.disk else None,
             gpu=request.gpu,
-            image=request.image,
+            image=job.prepared.image,
             network=request.network,
+            options=request.options,
         )
 
     async def _create(self, spec: SandboxSpec) -> Sandbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -11,8 +12,24 @@ from typing import Any
 
 from metaflow import util
 
+from ..backends.base import Prepared
 from ..errors import SandboxError
 from .request import Request
+
+
+def _prepared(workspace: Path, step: str) -> Path:
+    return workspace / f"prepared-{step}.json"
+
+
+def save_prepared(workspace: Path, step: str, prepared: Prepared) -> None:
+    """Leaves what a step's sandboxes are made from to the run's supervisor."""
+    mounts = {inside: str(path) for inside, path in prepared.mounts.items()}
+    _prepared(workspace, step).write_text(json.dumps({"image": prepared.image, "mounts": mounts}))
+
+
+def _load_prepared(workspace: Path, step: str) -> Prepared:
+    saved = json.loads(_prepared(workspace, step).read_text())
+    return Prepared(saved["image"], {k: Path(v) for k, v in saved["mounts"].items()})
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,7 @@ class Job:
         package: (metadata, sha, url) of the code package.
         top_options: Metaflow's options before `step`, as they are on the host.
         environment: variables of the step from @environment and `env=`; secret.
+        prepared: what its sandbox is made from.
     """
 
     flow: str
@@ -43,6 +61,7 @@ class Job:
     request: Request
     backend: str
     workspace: Path
+    prepared: Prepared
 
     @property
     def pathspec(self) -> str:
@@ -89,6 +108,7 @@ class Job:
             request=requests[0],
             backend=options["backend"],
             workspace=Path(options["workspace"]),
+            prepared=_load_prepared(Path(options["workspace"]), step),
         )
 
     def argv(self, python: str, datastore_root: str, input_paths: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from metaflow import metaflow_config
@@ -147,7 +147,8 @@ class Request:
     """The parameters of one step's sandbox. None: the user didn't ask.
 
     `wishes` names the amounts that only come from @resources: a backend that
-    can't enforce these applies what it can, and says so.
+    can't enforce these applies what it can, and says so. `options` are the parameters
+    that only one backend has.
     """
 
     backend: str | None = None
@@ -165,6 +166,7 @@ class Request:
     cache: bool | None = None
     keep: str | None = None
     executable: str | None = None
+    options: dict[str, str] = field(default_factory=dict)
     step_timeout: int | None = None
     wishes: frozenset[str] = frozenset()
 
@@ -182,7 +184,10 @@ class Request:
             given["backend"] = metaflow_config.SANDBOX_BACKEND or None
         if given["trust"] is None:
             given["trust"] = metaflow_config.SANDBOX_TRUST
-        values = {k: _CHECKS[k](v) for k, v in given.items() if v is not None}
+        given = {k: v for k, v in given.items() if v is not None}
+        values = {k: _CHECKS[k](v) for k, v in given.items() if k in _CHECKS}
+        own = {k: _text(k, v, "…") for k, v in given.items() if k not in _CHECKS}
+        values["options"] = own
         wishes = set()
         for other in decos:
             if other.name == "resources":
@@ -261,6 +266,8 @@ class Request:
                     f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
                     "that has it (docs/configuration.md has the table)."
                 )
+        for name in sorted(set(self.options) - set(backend.options)):
+            raise NotEnforceable(f"{backend.name} has no parameter {name}. Leave it out.")
         network = self.network
         if network is not None and network_kind(network) not in limits.network:
             raise NotEnforceable(

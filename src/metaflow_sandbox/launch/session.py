@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 import anyio
 
 from ..backends import registry
-from ..backends.base import Backend, Preflight
+from ..backends.base import Backend, Preflight, Recipe
 from ..errors import BackendUnavailable
 from ..leases import Lease, living
 from . import client
+from .job import save_prepared
 from .quota import quota_of
 from .request import Request
 
@@ -54,7 +55,13 @@ class Session:
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
         quota_of(backend)
-        anyio.run(backend.prepare, request.image)
+
+        async def say(line: str) -> None:
+            logger(f"[sandbox] Step {step}: {line}", system_msg=True)
+
+        recipe = Recipe(request.image, request.setup, options=request.options)
+        prepared = anyio.run(backend.prepare, recipe, say)
+        save_prepared(self.workspace.path, step, prepared)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
         lines += [f"{backend.name}: {note}" for note in preflight.notes]

@@ -18,7 +18,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from ..backends.base import Backend, Sandbox, SandboxSpec, network_kind
+from ..backends.base import Backend, Recipe, Sandbox, SandboxSpec, network_kind
 from ..errors import ConnectionLost, NotEnforceable, SandboxError, SandboxGone
 
 BIG = 32 << 20
@@ -436,7 +436,7 @@ class BackendContract:
         if not backend.limits().image:
             return
         with pytest.raises(SandboxError) as caught:
-            await backend.prepare("no/such/image/anywhere:nowhere")
+            await backend.prepare(Recipe("no/such/image/anywhere:nowhere"))
         assert caught.value.code
         assert "no/such/image" in str(caught.value)
 

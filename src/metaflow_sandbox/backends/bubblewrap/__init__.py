@@ -25,7 +25,17 @@ from anyio.from_thread import BlockingPortalProvider
 from ...concurrency import write_all
 from ...errors import BackendUnavailable, SandboxError
 from ...leases import living
-from ..base import Backend, Capabilities, Preflight, SandboxInfo, SandboxSpec
+from ..base import (
+    Backend,
+    Capabilities,
+    Preflight,
+    Prepared,
+    Recipe,
+    SandboxInfo,
+    SandboxSpec,
+    Say,
+    unsaid,
+)
 from . import image, kept, limits, network, policy, seccomp, userns
 from .program import alive, bury, candidates, end_orphans, explain
 from .sandbox import BubblewrapSandbox, Way
@@ -108,9 +118,13 @@ class Bubblewrap(Backend):
         end_orphans()
         living("box", bury)
 
-    async def prepare(self, image_name: str | None) -> None:
-        if image_name is None:
-            return
+    async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
+        prepared = await super().prepare(recipe, say)
+        if recipe.image is not None:
+            await self._unpack_image(recipe.image)
+        return prepared
+
+    async def _unpack_image(self, image_name: str) -> None:
 
         async def unpack(layers: list[Path], target: Path) -> None:
             spec = SandboxSpec(
