@@ -233,3 +233,12 @@ def test_steps_that_get_their_decorators_by_with_have_them_in_one_supervisor(pro
         """,
     )
     project.run("flow.py", "run", "--with", "sandbox:disk=300").ok()
+
+
+def test_a_lifetime_is_short_and_renewed_while_the_step_runs(project, tmp_path):
+    asked = tmp_path / "asked"
+    project.write("flow.py", FLOW % ('backend="leased"', "time.sleep(7)"))
+    project.run("flow.py", "run", env={"RENEWALS": str(asked)}).ok()
+    lifetimes = [float(line.split()[1]) for line in asked.read_text().splitlines()]
+    # The preflight asks for what it likes; then it is 3 s, again and again.
+    assert lifetimes.count(3.0) >= 4

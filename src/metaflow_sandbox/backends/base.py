@@ -304,6 +304,16 @@ class Sandbox(ABC):
         """What else the user should know of what happened, in sentences: refused hosts."""
         return []
 
+    async def renew(self, lifetime: float) -> None:
+        """Has the provider end it so many seconds from now, not before.
+
+        Only called where `Backend.longest_lifetime` is set; again after a while if it raises.
+
+        Raises:
+            SandboxError: it could not be done.
+        """
+        raise NotEnforceable(f"{self.backend.name} can't renew a lifetime", op="renew")
+
     async def keep(self, mounts: Mapping[str, Path]) -> str:
         """Leaves what is needed to look into this sandbox, which is destroyed after it.
 
@@ -397,6 +407,9 @@ class Backend(ABC):
     options: ClassVar[Mapping[str, str]] = {}
     #: What launchers keep to, unless the user set something else.
     quota: Quota = Quota()
+    #: Seconds that a sandbox is made for at most, where forgetting one costs money. Launchers
+    #: renew it while the step runs. None: they make it for as long as the step may take.
+    longest_lifetime: float | None = None
     #: A directory inside that the step can write, empty at the start.
     work: str = "/sandbox"
     #: Where the inputs go inside; the step need not be able to write it.

@@ -163,7 +163,7 @@ class Attempt:
         try:
             try:
                 parents = await self._prepare(directory)
-                async with self.recorder.alive():
+                async with self.recorder.alive(), self._renewed():
                     outcome = await self._run_step()
                     code = await self._finish(outcome, parents, directory)
             except (SandboxError, Rejected, Failed, OSError) as e:
@@ -226,7 +226,7 @@ class Attempt:
         limits = self.backend.limits()
         memory = request.memory or int(metaflow_config.SANDBOX_MEMORY) or None
         disk = request.disk or int(metaflow_config.SANDBOX_DISK) or None
-        lifetime = request.deadline + _LIFETIME_MARGIN
+        whole = request.deadline + _LIFETIME_MARGIN
         return SandboxSpec(
             labels={
                 "metaflow-flow": job.flow,
@@ -234,9 +234,9 @@ class Attempt:
                 "metaflow-step": job.step,
                 "metaflow-task": job.task,
                 "metaflow-attempt": str(job.attempt),
-                **ownership(job.workspace, lifetime),
+                **ownership(job.workspace, whole),
             },
-            lifetime=lifetime,
+            lifetime=min(whole, self.backend.longest_lifetime or whole),
             mounts=mounts,
             cpu=request.cpu,
             memory=memory if limits.memory else None,
@@ -257,6 +257,25 @@ class Attempt:
             reraise=True,
         )
         return await attempts(self.backend.create, spec)
+
+    @contextlib.asynccontextmanager
+    async def _renewed(self) -> AsyncIterator[None]:
+        """Keeps the sandbox alive beyond the lifetime that it was made for."""
+        sandbox, longest = self._made, self.backend.longest_lifetime
+
+        async def renew(longest: float) -> None:
+            while True:
+                await anyio.sleep(longest / 4)
+                # Asked again before its time is over; that it is gone is found out elsewhere.
+                with contextlib.suppress(SandboxError, TimeoutError), anyio.fail_after(longest / 4):
+                    await sandbox.renew(longest)
+
+        with plain_errors():
+            async with anyio.create_task_group() as tasks:
+                if longest is not None:
+                    tasks.start_soon(renew, longest)
+                yield
+                tasks.cancel_scope.cancel()
 
     @property
     def _made(self) -> Sandbox:
