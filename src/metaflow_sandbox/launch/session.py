@@ -14,6 +14,7 @@ from ..errors import BackendUnavailable
 from ..leases import Lease, living
 from . import client
 from .job import save_prepared
+from .progress import shown
 from .quota import quota_of
 from .request import Request
 
@@ -55,12 +56,13 @@ class Session:
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
         quota_of(backend)
-
-        async def say(line: str) -> None:
-            logger(f"[sandbox] Step {step}: {line}", system_msg=True)
-
         recipe = Recipe(request.image, request.setup, options=request.options)
-        prepared = anyio.run(backend.prepare, recipe, say)
+
+        def log(line: str) -> None:
+            logger(f"[sandbox] {line}", system_msg=True)
+
+        with shown(step, log) as say:
+            prepared = anyio.run(backend.prepare, recipe, say)
         save_prepared(self.workspace.path, step, prepared)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
@@ -69,7 +71,7 @@ class Session:
         for line in lines:
             if line not in self._said:
                 self._said.add(line)
-                logger(f"[sandbox] {line}", system_msg=True)
+                log(line)
 
     def _choose(self, request: Request) -> tuple[Backend, Preflight]:
         if request.backend:

@@ -121,12 +121,13 @@ class Bubblewrap(Backend):
     async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
         prepared = await super().prepare(recipe, say)
         if recipe.image is not None:
-            await self._unpack_image(recipe.image)
+            await self._unpack_image(recipe.image, say)
         return prepared
 
-    async def _unpack_image(self, image_name: str) -> None:
+    async def _unpack_image(self, image_name: str, say: Say) -> None:
 
         async def unpack(layers: list[Path], target: Path) -> None:
+            await say(f"the image {image_name} is unpacked, once.")
             spec = SandboxSpec(
                 labels={"purpose": "unpack"},
                 mounts={**image.mounts(layers), "/unpack": image.UNPACK.parent},
