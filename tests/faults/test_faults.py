@@ -203,6 +203,21 @@ def test_after_a_fault_nothing_is_left_and_the_run_can_be_resumed(
         faulty.run("flow.py", "resume").ok()
 
 
+@pytest.mark.parametrize("point", ["creating", "running", "recording"])
+@pytest.mark.parametrize("days", [-30, 30])
+def test_a_clock_that_jumps_ends_nothing(faulty, point, days):
+    faulty.write("flow.py", FLOW % "remote-like")
+    process = faulty.start("flow.py", "run", env={"FAULT_POINT": point})
+    reached = faulty.directory / points.REACHED
+    wait_for(lambda: reached.exists() or process.poll() is not None)
+    (faulty.directory / points.CLOCK).write_text(str(days * 86400))
+    (faulty.directory / points.GO).touch()
+    output = process.communicate(timeout=240)[0].decode()
+    assert process.returncode == 0, output
+    assert len(re.findall(r"SIDE EFFECT \d+", output)) == 1
+    faulty.assert_nothing_left(PROMISED_SECONDS)
+
+
 def test_the_matrix_has_every_point_and_every_fault():
     assert {point for _, point, _, _ in MATRIX} == set(points.POINTS)
     assert {who for _, _, who, _ in MATRIX} == set(SIGNALS)
