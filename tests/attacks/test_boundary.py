@@ -172,6 +172,49 @@ def test_control_sequences_reach_neither_the_terminal_nor_the_log(project):
     assert "[MFLOG|0|2000-01-01T00:00:00.0Z|task|x]forged" in log
 
 
+ITEMS = r"""
+    import os
+    from metaflow import FlowSpec, sandbox, step
+
+    class Items(FlowSpec):
+        %s
+        @step
+        def start(self):
+            self.items = ["\x1b]0;owned\x07\x9b31m", "\u202egnp"]
+            self.next(self.child, foreach="items")
+
+        @step
+        def child(self):
+            if self.items:
+                raise ValueError("so that Metaflow says whose task failed")
+            self.next(self.join)
+
+        @step
+        def join(self, inputs):
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Items()
+"""
+
+
+def test_the_item_that_metaflow_prints_of_a_failed_task_is_harmless(project):
+    """Metaflow prints the flow, with its item, in a task that runs on the host."""
+    for decorator, sandboxed in (("@sandbox(network=False)", True), ("", False)):
+        project.write("flow.py", ITEMS % decorator)
+        output = project.run("flow.py", "run").output
+        log = project.client('answer = [t.stderr for t in Flow("Items").latest_run["child"]]')
+        for text in (output, *log):
+            for sequence in ("\x1b", "\x9b", "\u202e"):
+                assert not sandboxed or sequence not in text
+        assert not sandboxed or "\\x1b]0;owned" in output
+        assert sandboxed or "\x1b" in output  # the control
+
+
 FRAMES = """
             import base64, binascii
             frame = b"mfs1 1 x " + base64.b64encode(b'{"rc": 0}')

@@ -43,13 +43,20 @@ for path, target in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+def nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """An archive's entry without the host's users: their names are no sandbox's business."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
 def _archive(source: Path) -> IO[bytes]:
     """A directory as an archive, or the archive that it is already."""
     if source.is_file():
         return open(source, "rb")
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.add(source, arcname=".")
+        archive.add(source, arcname=".", filter=nobodys)
     file.seek(0)
     return file
 

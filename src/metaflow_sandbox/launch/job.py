@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from metaflow import util
+from metaflow.metaflow_config import SANDBOX_DECORATORS
 
 from ..backends.base import Prepared
 from ..errors import SandboxError
@@ -30,6 +31,18 @@ def save_prepared(workspace: Path, step: str, prepared: Prepared) -> None:
 def _load_prepared(workspace: Path, step: str) -> Prepared:
     saved = json.loads(_prepared(workspace, step).read_text())
     return Prepared(saved["image"], {k: Path(v) for k, v in saved["mounts"].items()})
+
+
+def _scrubbed(options: dict[str, Any]) -> dict[str, Any]:
+    """Metaflow's options, without what `--with` says to the scheduler's side alone."""
+    specs = []
+    for spec in options.get("decospecs") or ():
+        name = spec.partition(":")[0]
+        if name in SANDBOX_DECORATORS:
+            specs.append(name)  # inside, it has nothing to do
+        elif name != "environment":  # whose values are among the step's variables
+            specs.append(spec)
+    return {**options, "decospecs": tuple(specs)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Job:
                 options["code_package_sha"],
                 options["code_package_url"],
             ),
-            top_options=dict(ctx.parent.parent.params),
+            top_options=_scrubbed(ctx.parent.parent.params),
             environment=environment,
             request=requests[0],
             backend=options["backend"],

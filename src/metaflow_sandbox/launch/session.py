@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import anyio
 
@@ -17,8 +17,10 @@ from .job import save_prepared
 from .progress import shown
 from .quota import quota_of
 from .request import Request
+from .stage import withhold
 
 _END_SECONDS = 30.0
+_NAMED = 5
 
 
 class Session:
@@ -94,6 +96,26 @@ class Session:
         if backend.name not in self._preflights:
             self._preflights[backend.name] = anyio.run(backend.preflight)
         return self._preflights[backend.name]
+
+    def pack(
+        self,
+        package: tuple[str, str, str],
+        members: Iterable[tuple[str, str]],
+        logger: Callable[..., None],
+    ) -> None:
+        """Takes over the uploaded code package, and says which of the user's files stay out.
+
+        Args:
+            members: (path, name in the package) of these files.
+        """
+        self.package = package
+        if names := withhold(self.workspace.path, members):
+            shown = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+            logger(
+                f"[sandbox] Not in any sandbox: {shown}. Links lead there from outside of the "
+                "flow's directory. Copy what a sandboxed step needs into it.",
+                system_msg=True,
+            )
 
     def client(self) -> list[str]:
         """The command that runs an attempt; the task's own follows it."""

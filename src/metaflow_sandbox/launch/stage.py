@@ -7,7 +7,8 @@
 
 The host's copies may say more than a sandbox should know. `_graph_info` has every
 step's decorators with their values, @environment's included; the package's INFO
-has the git remote, with the token in it. Both are scrubbed here.
+has the git remote, with the token in it; and Metaflow packs what links of the flow's
+directory lead to, wherever that is. All are scrubbed here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from metaflow.includefile import IncludedFile
 from metaflow.package import MetaflowPackage
 
 from ..agent import AGENT
-from ..backends.base import Backend
+from ..backends.base import Backend, nobodys
 from .job import Job
 from .store import Parent, blob_files
 
@@ -57,6 +58,31 @@ _METAFLOW_CONFIG = {
     "METAFLOW_ENABLED_SIDECAR": ["save_logs_periodically"],
 }
 _INCLUDED_FILE = str(IncludedFile)
+_WITHHELD = "withheld.json"
+
+
+def withhold(workspace: Path, members: Iterable[tuple[str, str]]) -> list[str]:
+    """Decides which of the user's files of the code package don't go into any sandbox.
+
+    Args:
+        members: (path, name in the package) of each, as Metaflow has them.
+
+    Returns:
+        The names of those that links lead to from outside of the flow's directory.
+    """
+    names = []
+    for path, name in members:
+        if not path.endswith(f"/{name}"):
+            continue  # it doesn't come from a directory: a decorator packs it
+        root = os.path.realpath(path[: -len(name)])
+        if os.path.commonpath([root, os.path.realpath(path)]) != root:
+            names.append(name)
+    (workspace / _WITHHELD).write_text(json.dumps(names))
+    return names
+
+
+def _withheld(workspace: Path) -> frozenset[str]:
+    return frozenset(json.loads((workspace / _WITHHELD).read_text()))
 
 
 def code_mounts(
@@ -73,18 +99,26 @@ def code_mounts(
         load: gives the package's bytes.
     """
     inside = f"{backend.inbox}/code"
+    withheld = _withheld(workspace)
     if not backend.binds_mounts:
-        return {inside: packed(code_tree(workspace / "code", metadata, load))}
-    tree = code_tree(workspace / "code-without-metaflow", metadata, load, without=_METAFLOW)
+        return {inside: packed(code_tree(workspace / "code", metadata, load, withheld))}
+    tree = code_tree(
+        workspace / "code-without-metaflow", metadata, load, withheld, without=_METAFLOW
+    )
     return {inside: tree, f"{inside}/{_METAFLOW}": Path(metaflow.__file__).parent}
 
 
 def code_tree(
-    target: Path, metadata: str, load: Callable[[], bytes], without: str | None = None
+    target: Path,
+    metadata: str,
+    load: Callable[[], bytes],
+    withheld: frozenset[str],
+    without: str | None = None,
 ) -> Path:
     """The unpacked and scrubbed code package of a run, made by whoever needs it first.
 
     Args:
+        withheld: names of files that are not unpacked.
         without: a directory of the package that stays empty.
 
     Returns:
@@ -98,7 +132,8 @@ def code_tree(
             members = [
                 member
                 for member in archiver.cls_list_members(archive)
-                if without is None or not archiver.cls_member_name(member).startswith(f"{without}/")
+                if (name := archiver.cls_member_name(member)) not in withheld
+                and (without is None or not name.startswith(f"{without}/"))
             ]
             archiver.cls_extract_members(archive, members, str(new))
         if without is not None:
@@ -122,7 +157,7 @@ def packed(tree: Path) -> Path:
 
     def make(new: Path) -> None:
         with tarfile.open(new, "w:gz") as archive:
-            archive.add(tree, arcname=".")
+            archive.add(tree, arcname=".", filter=nobodys)
 
     return _once(tree.with_name(f"{tree.name}.tar.gz"), make)
 

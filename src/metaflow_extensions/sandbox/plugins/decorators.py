@@ -125,6 +125,7 @@ class SandboxDecorator(StepDecorator):
         self.step = step
         self.flow_datastore = flow_datastore
         self.logger = logger
+        _print_harmlessly(type(flow))
         # There is nothing to check inside a sandbox, where Metaflow starts commands of
         # its own too (it renders cards), nor on the host for the sake of another task.
         if inside_sandbox() or not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
@@ -228,7 +229,8 @@ class SandboxDecorator(StepDecorator):
             url, sha = self.package.package_url(), self.package.package_sha()
         else:
             url, sha = self.flow_datastore.save_data([self.package.blob], len_hint=1)[0]
-        session.package = (self.package.package_metadata, sha, url)
+        package = (self.package.package_metadata, sha, url)
+        session.pack(package, self.package.user_tuples(), self.logger)
 
     def runtime_step_cli(
         self, cli_args: Any, retry_count: int, max_user_code_retries: int, ubf_context: Any
@@ -278,6 +280,25 @@ class SandboxDecorator(StepDecorator):
                 f"({WORKLOAD} is not set). Start the flow with `run` under Metaflow's own "
                 "scheduler."
             )
+
+
+def _print_harmlessly(flow_class: Any) -> None:
+    """Has a flow's text, which Metaflow prints when a task fails, without control characters.
+
+    The item of a foreach is in it, and a sandbox may have made that.
+    """
+    plain = flow_class.__str__
+    if getattr(plain, "is_harmless", False):
+        return
+
+    def harmless(self: Any) -> str:
+        return "".join(
+            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+            for c in plain(self)
+        )
+
+    harmless.is_harmless = True  # type: ignore[attr-defined]
+    flow_class.__str__ = harmless
 
 
 def _with_specs(flow: Any) -> list[str]:

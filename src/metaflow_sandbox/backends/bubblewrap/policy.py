@@ -37,6 +37,9 @@ _NOT_FROM_IMAGES = (
 )  # fmt: skip
 _OWN_ETC = ("passwd", "group", "hosts", "resolv.conf", "hostname", "shadow", "gshadow", "mtab")
 
+#: What programs keep in the top directory of a Python environment, passwords included.
+_SECRETIVE = (".condarc", ".env", ".netrc", ".pypirc", "condarc", "pip.conf")
+
 PASSWD = b"root:x:0:0:root:/:/usr/sbin/nologin\nsandbox:x:%d:%d:sandbox:/sandbox/home:/bin/sh\n"
 GROUP = b"root:x:0:\nsandbox:x:%d:\n"
 HOSTS = b"127.0.0.1 localhost sandbox\n::1 localhost sandbox\n"
@@ -157,6 +160,10 @@ class HostRoot:
         for tree in self.trees:
             if not tree.is_relative_to("/usr"):
                 o.bind(tree, tree)
+        for place in {*self.trees, Path(plain(sys.prefix)), Path(plain(sys.base_prefix))}:
+            for name in _SECRETIVE:
+                if (place / name).is_file() and not (place / name).is_symlink():
+                    o.add("--ro-bind", "/dev/null", str(place / name))
 
 
 def host_root() -> HostRoot:
