@@ -48,7 +48,7 @@ async def _recorded(execute, step, argv, *, on_stdout=discard, **options):
     decoder = FrameDecoder()
 
     async def both(data):
-        for frame in decoder.feed(data) if "follow" in argv else ():
+        for frame in decoder.feed(data) if {"start", "follow"} & {*argv} else ():
             if frame.kind == "x":
                 captured(step).write_bytes(frame.payload)
         await on_stdout(data)
@@ -95,9 +95,9 @@ class ReplayedSandbox(Sandbox):
         if self.id not in self.backend.sandboxes:
             raise SandboxGone(f"the sandbox {self.id} is gone", op="exec")
         with anyio.fail_after(timeout):
-            if "start" in argv:
+            if self._ends_at is None and "start" in argv:
                 self._ends_at = anyio.current_time() + _seconds()
-            elif "follow" in argv:
+            if "start" in argv or "follow" in argv:
                 await self._follow(on_stdout)
         return 0
 

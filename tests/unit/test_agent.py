@@ -93,7 +93,14 @@ class Box:
     def start(self, script, *args):
         self.job(sys.executable, "-I", "-S", "-c", script, *args)
         command = self.command("start", self.attempt, self.code, self.work, self.spool)
-        subprocess.run(command, check=True, timeout=SECONDS)
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as caller:
+            until(self.begun)
+            caller.kill()  # it follows the spool; what it began goes on
+
+    def begun(self):
+        with contextlib.suppress(FileNotFoundError):
+            return (self.spool / "pid").read_text() != ""
+        return False
 
     @contextlib.contextmanager
     def follow(self, seq=0):
@@ -418,10 +425,22 @@ def test_a_detached_step_is_followed_to_its_end(box):
     until(lambda: not box.processes(), 5)
 
 
-def test_starting_returns_before_the_step_ends_and_leaves_nothing_of_the_caller(here):
-    here.start("import os, time; print(os.getsid(0)); time.sleep(0.5)")
+def test_whoever_starts_the_agent_gets_its_frames_and_the_step_outlives_it(here):
+    here.start("import time; time.sleep(0.5)")
     assert not (here.spool / "end").exists()
     until((here.spool / "end").exists)
+
+
+def test_starting_again_starts_nothing_and_gives_all_frames_again(here):
+    here.job(sys.executable, "-I", "-S", "-c", "import os; print(os.getsid(0), flush=True)")
+    command = here.command("start", here.attempt, here.code, here.work, here.spool)
+    calls = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
+    outputs = [call.communicate(timeout=SECONDS)[0] for call in calls]
+    outputs.append(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+    # The session is the step's own, and there was one.
+    assert outputs[-1].count(b"\n") == 2
+    # Who comes before the first has said who it is finds nothing, and asks again.
+    assert {*outputs} <= {outputs[-1], b""}
 
 
 def test_a_follower_killed_anywhere_is_resumed_without_loss_or_repetition(box):

@@ -1,7 +1,9 @@
 """The one program that is sent into a sandbox: runs a step there and reports what became of it.
 
     agent.py run ATTEMPT CODE WORK            frames on stdout, until the step ended
-    agent.py start ATTEMPT CODE WORK SPOOL    the same, detached; frames go to SPOOL
+    agent.py start ATTEMPT CODE WORK SPOOL    the same, detached; frames go to SPOOL, and from
+                                              there to stdout. It is begun once, however often
+                                              this is called
     agent.py follow SPOOL SEQ                 frames after SEQ from SPOOL, on stdout
 
 ATTEMPT holds `job.json`, `input-paths` and `datastore/` (what the step may read);
@@ -411,16 +413,20 @@ def run(attempt: str, code: str, work: str, sink: PipeSink | SpoolSink) -> None:
     sink.close()
 
 
-def detach(pid_file: str) -> None:
-    """Leaves the caller's session and descriptors, so that its end does not end us.
+def detach(pid_file: str) -> bool:
+    """Goes on in a process without the caller's session and descriptors, whose end is not ours.
 
-    The caller ends when the process id is written, so that nobody looks for it too early.
+    Returns:
+        True there; False in the caller, when the process id is written, so that nobody looks
+        for it too early.
     """
     written, write = os.pipe()
-    if os.fork():
+    if child := os.fork():
         os.close(write)
         os.read(written, 1)
-        os._exit(0)
+        os.close(written)
+        os.waitpid(child, 0)
+        return False
     os.setsid()
     if os.fork():
         os._exit(0)
@@ -429,16 +435,31 @@ def detach(pid_file: str) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
-    os.close(write)
+    os.closerange(3, 256)  # what the caller waits for, and what it holds
+    return True
+
+
+def start(attempt: str, code: str, work: str, spool: str) -> None:
+    """Runs an attempt in the background, if nobody began it before, and follows it."""
+    os.makedirs(work, exist_ok=True)
+    try:
+        os.mkdir(spool)
+    except FileExistsError:
+        begun = False  # by a call whose connection dropped
+    else:
+        begun = detach(os.path.join(spool, "pid"))
+    if begun:
+        run(attempt, code, work, SpoolSink(spool))
+    else:
+        os.closerange(3, 256)  # the lock that orders calls
+        follow(spool, 0)
 
 
 def main(argv: list[str]) -> None:
     if argv[0] == "run":
         run(argv[1], argv[2], argv[3], PipeSink(os.dup(1)))
     elif argv[0] == "start":
-        os.makedirs(argv[4], exist_ok=True)  # before `follow` can look for it
-        detach(os.path.join(argv[4], "pid"))
-        run(argv[1], argv[2], argv[3], SpoolSink(argv[4]))
+        start(argv[1], argv[2], argv[3], argv[4])
     elif argv[0] == "follow":
         follow(argv[1], int(argv[2]))
     else:

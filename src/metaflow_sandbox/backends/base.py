@@ -34,12 +34,31 @@ from ..errors import NotEnforceable, SandboxError
 Sink = Callable[[bytes], Awaitable[None]]
 
 
+#: LOCK ARCHIVE TARGETS… -- COMMAND…: unpacks what `Sandbox.upload` sent, and becomes the command.
+#: May be run again after its answer got lost: whoever comes second waits, and finds it done.
 _UNPACK = """
-import os, sys, tarfile
-for path, target in zip(sys.argv[1::2], sys.argv[2::2]):
-    os.makedirs(target, exist_ok=True)
-    tarfile.open(path).extractall(target)
+import fcntl, os, sys, tarfile
+lock, path, *words = sys.argv[1:]
+end = words.index("--")
+targets, command = words[:end], words[end + 1:]
+held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(held, fcntl.LOCK_EX)
+if os.path.exists(path):
+    with tarfile.open(path) as archive:
+        for member in archive:
+            number, _, name = member.name.partition("/")
+            target = targets[int(number)]
+            os.makedirs(target, exist_ok=True)
+            if name:
+                member.name = name
+                if member.islnk():
+                    member.linkname = member.linkname.partition("/")[2]
+                archive.extract(member, target)
+            elif member.isfile():
+                tarfile.open(fileobj=archive.extractfile(member)).extractall(target)
     os.unlink(path)
+os.set_inheritable(held, True)
+os.execvp(command[0], command)
 """
 
 
@@ -50,13 +69,12 @@ def nobodys(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def _archive(source: Path) -> IO[bytes]:
-    """A directory as an archive, or the archive that it is already."""
-    if source.is_file():
-        return open(source, "rb")
+def _bundle(sources: Sequence[Path]) -> IO[bytes]:
+    """One archive of several: a directory's files below its number, an archive as its number."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     with tarfile.open(fileobj=file, mode="w") as archive:
-        archive.add(source, arcname=".", filter=nobodys)
+        for number, source in enumerate(sources):
+            archive.add(source, arcname=str(number), filter=nobodys)
     file.seek(0)
     return file
 
@@ -342,31 +360,39 @@ class Sandbox(ABC):
 
         await self.write(path, source())
 
-    async def deliver(self, mounts: Mapping[str, Path]) -> None:
-        """Brings the content of host directories to their paths inside.
+    async def upload(self, mounts: Mapping[str, Path]) -> list[str]:
+        """Sends the content of host directories, all in one file.
 
-        As archives, which the sandbox's own Python unpacks; nothing is left to do where
-        the backend bound the directories (`Backend.binds_mounts`). A file among the
-        mounts is such an archive already.
+        A file among the mounts is an archive of such a directory. Nothing is sent where the
+        backend bound the directories (`Backend.binds_mounts`).
 
-        Raises:
-            SandboxError: an archive could not be unpacked.
+        Returns:
+            The beginning of a command: it brings everything to its path inside, by the
+            sandbox's own Python, and then becomes the command that follows. It holds a lock
+            by an inherited descriptor until that command closes it, and may be run again.
         """
         if self.backend.binds_mounts:
+            return []
+        path = f"{self.backend.work}/.inputs"
+        with await anyio.to_thread.run_sync(_bundle, list(mounts.values())) as file:
+
+            async def pieces() -> AsyncIterator[bytes]:
+                while piece := await anyio.to_thread.run_sync(file.read, 1 << 20):
+                    yield piece
+
+            await self.write(path, pieces())
+        python = [self.backend.python, "-W", "ignore", "-I", "-S", "-c", _UNPACK]
+        return [*python, f"{path}.lock", path, *mounts, "--"]
+
+    async def deliver(self, mounts: Mapping[str, Path]) -> None:
+        """`upload`, and what it returns run at once: for whoever has no command to begin.
+
+        Raises:
+            SandboxError: the archive could not be unpacked.
+        """
+        if not (begin := await self.upload(mounts)):
             return
-        arguments = []
-        for number, (target, source) in enumerate(mounts.items()):
-            path = f"{self.backend.work}/.inputs-{number}"
-            with await anyio.to_thread.run_sync(_archive, source) as file:
-
-                async def pieces(file: IO[bytes] = file) -> AsyncIterator[bytes]:
-                    while piece := await anyio.to_thread.run_sync(file.read, 1 << 20):
-                        yield piece
-
-                await self.write(path, pieces())
-            arguments += [path, target]
-        command = [self.backend.python, "-I", "-S", "-c", _UNPACK, *arguments]
-        result = await self.run(command)
+        result = await self.run([*begin, "true"])
         if result.exit_code != 0:
             raise SandboxError(
                 f"the inputs could not be unpacked in the sandbox (exit code {result.exit_code}): "

@@ -14,7 +14,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -46,6 +46,7 @@ _LIFETIME_MARGIN = 600.0
 _RECONNECT_SECONDS = 120.0
 _RECONNECT_PAUSE = 1.0
 _ACKNOWLEDGE_SECONDS = 0.2
+_ACKNOWLEDGE_BYTES = 1 << 20  # a segment of the spool
 _COLLECT_SECONDS = 1800.0
 _RESULTS = 1 << 20  # MB, where no limit was set
 _TAIL = 4096
@@ -103,7 +104,7 @@ async def _timed(timings: dict[str, float], name: str) -> AsyncIterator[None]:
 
 
 class Attempt:
-    """Runs one attempt. `run` returns the exit code for Metaflow's scheduler.
+    """Runs one attempt.
 
     Args:
         places: where it waits for its sandbox.
@@ -135,6 +136,8 @@ class Attempt:
         self.timings: dict[str, float] = {}
         self._python = self.request.executable or backend.interpreter(job.prepared.image)
         self._code: dict[str, Path] = {}  # the mounts that hold no secret
+        self._unpacking: list[str] = []  # the beginning of the command that starts the agent
+        self._received = 0  # bytes of frames
         self._sandbox: Sandbox | None = None
         self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
         budget = Budget(self._output_bytes)
@@ -143,39 +146,40 @@ class Attempt:
         self._tail = bytearray()  # of the step's stderr
         self._outcome: Outcome | None = None
 
-    async def run(self) -> int:
-        """The whole life. Whatever happens, no sandbox and no file is left behind."""
+    async def run(self, report: Callable[[int], None]) -> None:
+        """The whole life. Whatever happens, no sandbox and no file is left behind.
+
+        Args:
+            report: gets the exit code as soon as nothing can change it any more, while the
+                sandbox is still to be destroyed. Nothing is written to `out` and `err` after.
+        """
         job = self.job
         directory = Path(tempfile.mkdtemp(prefix=f"{job.step}-{job.task}-", dir=job.workspace))
         try:
             async with self._places.one(self._say):
-                return await self._run(directory)
+                try:
+                    code = await self._run(directory)
+                    await self._part(failed=code != 0)
+                    report(code)
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await self._destroy()
         finally:
             with anyio.CancelScope(shield=True):
                 await blocking(partial(shutil.rmtree, directory, ignore_errors=True))
             self._trace.event("end", timings=self.timings)
-            if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
-                await self._say(json.dumps(self.timings))
-            if self._trace.directory is not None:
-                await self._say(f"what this attempt did is in {self._trace.directory}")
 
     async def _run(self, directory: Path) -> int:
         try:
-            try:
-                parents = await self._prepare(directory)
-                async with self.recorder.alive(), self._renewed():
-                    outcome = await self._run_step()
-                    code = await self._finish(outcome, parents, directory)
-            except (SandboxError, Rejected, Failed, OSError) as e:
-                self._trace.event("failed", error=type(e).__name__)
-                await self._say(str(e))
-                await blocking(self.recorder.fail)
-                code = 1
-            await self._part(failed=code != 0)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self._destroy()
-        return code
+            parents = await self._prepare(directory)
+            async with self.recorder.alive(), self._renewed():
+                outcome = await self._run_step()
+                return await self._finish(outcome, parents, directory)
+        except (SandboxError, Rejected, Failed, OSError) as e:
+            self._trace.event("failed", error=type(e).__name__)
+            await self._say(str(e))
+            await blocking(self.recorder.fail)
+            return 1
 
     # --- create and stage
 
@@ -189,13 +193,18 @@ class Attempt:
             ((_, blob),) = store.load_data([job.package[1]])
             return bytes(blob)
 
-        async with _timed(self.timings, "code"):
-            mounts = await blocking(
-                partial(code_mounts, job.workspace, job.package[0], load_package, backend)
-            )
-        mounts.update(job.prepared.mounts)
-        self._code = dict(mounts)
-        mounts[staging.inside] = directory
+        mounts = {**job.prepared.mounts, staging.inside: directory}
+
+        async def code() -> None:
+            async with _timed(self.timings, "code"):
+                found = await blocking(
+                    partial(code_mounts, job.workspace, job.package[0], load_package, backend)
+                )
+            mounts.update(found)
+            self._code = {**found, **job.prepared.mounts}
+
+        if backend.binds_mounts:
+            await code()
         parents: list[Parent] = []
 
         def stage() -> None:
@@ -213,12 +222,15 @@ class Attempt:
         with plain_errors():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(create)
+                if not backend.binds_mounts:
+                    tasks.start_soon(code)
                 async with _timed(self.timings, "stage"):
                     await blocking(stage)
         # A cancelled group whose own task was in a thread ends as if nothing had been.
         await anyio.lowlevel.checkpoint_if_cancelled()
         self.recorder.facts.update(self._made.facts())
-        await self._made.deliver(mounts)
+        async with _timed(self.timings, "upload"):
+            self._unpacking = await self._made.upload(mounts)
         return parents
 
     def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
@@ -329,21 +341,23 @@ class Attempt:
 
     async def _run_by_spool(self) -> None:
         """Starts the agent detached and follows its spool, again whenever the line drops."""
-        sandbox, spool = self._made, f"{self.backend.work}/.spool"
-        started = await sandbox.run(self._agent("start", *self._directories(), spool))
-        if started.exit_code != 0:
-            said = harmless(started.stderr.decode(errors="replace"))
-            raise Failed(f"the agent could not be started: {said}")
+        spool = f"{self.backend.work}/.spool"
+        begin = [*self._unpacking, *self._agent("start", *self._directories(), spool)]
         decoder = FrameDecoder()
         stuck_since: float | None = None
         while self._outcome is None:
             before = decoder.seq
             decoder.reconnect()
             code: int | None = None
+            # As long as nothing has come, it isn't known whether it was started.
+            command = self._agent("follow", spool, str(before)) if before else begin
             with contextlib.suppress(ConnectionLost):
-                code = await self._follow(sandbox, spool, decoder)
+                code = await self._follow(command, spool, decoder)
             if code == 0:
                 return  # the spool has ended
+            if code is not None and decoder.seq == 0:
+                said = harmless(bytes(self._tail).decode(errors="replace"), 1000)
+                raise Failed(f"the agent could not be started (exit code {code}): {said}")
             if decoder.seq > before:
                 stuck_since = None
             elif stuck_since is None:
@@ -352,24 +366,25 @@ class Attempt:
                 return
             await anyio.sleep(_RECONNECT_PAUSE)
 
-    async def _follow(self, sandbox: Sandbox, spool: str, decoder: FrameDecoder) -> int:
+    async def _follow(self, command: list[str], spool: str, decoder: FrameDecoder) -> int:
         """Reads the spool from where the decoder stands, and acknowledges what has come."""
+        sandbox = self._made
 
         async def acknowledge() -> None:
-            acknowledged = 0
+            acknowledged = self._received
             while True:
                 await anyio.sleep(_ACKNOWLEDGE_SECONDS)
-                if decoder.seq > acknowledged:
-                    acknowledged = decoder.seq
+                if self._received - acknowledged >= _ACKNOWLEDGE_BYTES:
+                    acknowledged = self._received
                     # Without it the step waits; what it does to its own spool is its loss.
                     with contextlib.suppress(OSError, ConnectionLost):
-                        await sandbox.write_bytes(f"{spool}/ack", b"%d" % acknowledged)
+                        await sandbox.write_bytes(f"{spool}/ack", b"%d" % decoder.seq)
 
         with plain_errors():
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(acknowledge)
                 code = await sandbox.exec(
-                    self._agent("follow", spool, str(decoder.seq)),
+                    command,
                     on_stdout=partial(self._frames, decoder),
                     on_stderr=self._keep_tail,
                 )
@@ -377,6 +392,7 @@ class Attempt:
         return code
 
     async def _frames(self, decoder: FrameDecoder, data: bytes) -> None:
+        self._received += len(data)
         for frame in decoder.feed(data):
             await self._frame(frame)
 
@@ -412,8 +428,6 @@ class Attempt:
         delivered = results.Results()
         if outcome.problem is None:
             delivered = await self._collect(outcome, directory)
-        if self.request.keep is None:
-            await self._part(failed=False)
         explained = False
         if delivered.complete:
             limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
@@ -507,24 +521,26 @@ class Attempt:
         )
 
     async def _part(self, failed: bool) -> None:
-        """Says what the user should know of the sandbox, keeps it if asked to, and destroys it."""
-        if self._sandbox is None:
-            return
-        for remark in self._sandbox.remarks():
-            await self._say(harmless(remark))
-        if failed and self.request.keep:
-            try:
-                how = await self._sandbox.keep(self._code)
-                await self._say(f"the step's files were kept. Look at them with: {how}")
-            except (SandboxError, OSError, TimeoutError) as e:
-                await self._say(f"the step's files could not be kept: {harmless(str(e))}")
-        await self._destroy()
+        """Says what the user should know of the sandbox, and keeps it if asked to."""
+        if self._sandbox is not None:
+            for remark in self._sandbox.remarks():
+                await self._say(harmless(remark))
+            if failed and self.request.keep:
+                try:
+                    how = await self._sandbox.keep(self._code)
+                    await self._say(f"the step's files were kept. Look at them with: {how}")
+                except (SandboxError, OSError, TimeoutError) as e:
+                    await self._say(f"the step's files could not be kept: {harmless(str(e))}")
+        if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
+            await self._say(json.dumps(self.timings))
+        if self._trace.directory is not None:
+            await self._say(f"what this attempt did is in {self._trace.directory}")
 
     async def _destroy(self) -> None:
         if self._sandbox is not None:
             sandbox, self._sandbox = self._sandbox, None
             self._trace.event("destroy")
-            with anyio.CancelScope(shield=True):
+            async with _timed(self.timings, "destroy"):
                 await sandbox.destroy()
 
     async def _say(self, message: str) -> None:

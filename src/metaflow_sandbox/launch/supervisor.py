@@ -90,8 +90,7 @@ class Supervisor:
                     self.end()
                     await self._hung_up(line)  # held until this process ends
                 elif len(fds) == 2:
-                    code = await self._run(words, fds[0], fds[1], line)
-                    line.send(b"%d" % code)
+                    await self._run(words, fds, line)
 
     async def _receive(self, line: socket.socket, fds: list[int]) -> list[str] | None:
         """The words of a command; None: the run has ended."""
@@ -119,11 +118,19 @@ class Supervisor:
             if not line.recv(64):
                 return
 
-    async def _run(self, words: list[str], out: int, err: int, line: socket.socket) -> int:
-        """Runs an attempt for as long as its client lives. Returns its exit code."""
-        code = 1
+    async def _run(self, words: list[str], fds: list[int], line: socket.socket) -> None:
+        """Runs an attempt for as long as its client lives, and tells the client its exit code."""
+        _, err = fds
+
+        def report(code: int) -> None:
+            # The scheduler waits for the end of the output, too.
+            _close_all(fds)
+            fds.clear()
+            with contextlib.suppress(OSError):  # the client is gone
+                line.send(b"%d" % code)
+
         try:
-            attempt = self._attempt(words, out, err)
+            attempt = self._attempt(words, *fds)
             with plain_errors():
                 async with anyio.create_task_group() as tasks:
 
@@ -132,13 +139,17 @@ class Supervisor:
                         tasks.cancel_scope.cancel()
 
                     tasks.start_soon(follow_client)
-                    code = await attempt.run()
+                    await attempt.run(report)
                     tasks.cancel_scope.cancel()
         except (SandboxError, click.ClickException) as e:
-            await write_all(err, f"[sandbox] {e}\n".encode())
+            problem = str(e)
         except Exception:  # one attempt's surprise is not another's end
-            await write_all(err, f"[sandbox] {traceback.format_exc()}".encode())
-        return code
+            problem = traceback.format_exc()
+        else:
+            problem = "the attempt was ended."
+        if fds:
+            await write_all(err, f"[sandbox] {problem}\n".encode())
+            report(1)
 
     def _attempt(self, words: list[str], out: int, err: int) -> Attempt:
         job = Job.from_context(self._context, self._parse(words))
