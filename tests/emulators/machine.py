@@ -264,9 +264,10 @@ class Machine:
         self._control.close()
         self._bwrap.kill()
         await asyncio.shield(asyncio.to_thread(self._bwrap.wait))
-        for task in list(self._tasks):
-            with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(asyncio.shield(task), 5)
+        if self._tasks:  # those that watch processes end by themselves
+            _, left = await asyncio.wait(self._tasks, timeout=0.5)
+            for task in left:
+                task.cancel()
         if not keep_root:
             await asyncio.shield(asyncio.to_thread(remove_root, self.root))
 

@@ -170,6 +170,8 @@ class Recipe:
         install: a command that runs after `setup`, without need of a network.
         prefix: the directory that `install` fills, which sandboxes have at the same path.
         options: as in `SandboxSpec`.
+        cpu, memory (MB): as in `SandboxSpec`, for backends whose images have a size. Not part
+            of `key`.
     """
 
     image: str | None = None
@@ -178,6 +180,8 @@ class Recipe:
     install: tuple[str, ...] = ()
     prefix: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    cpu: float | None = None
+    memory: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -443,7 +447,15 @@ class Backend(ABC):
     #: Seconds that a sandbox is made for at most, where forgetting one costs money. Launchers
     #: renew it while the step runs. None: they make it for as long as the step may take.
     longest_lifetime: float | None = None
-    #: A directory inside that the step can write, empty at the start.
+    #: Seconds that a step may take at most, since the provider ends every sandbox then, and
+    #: what to do about it, in a sentence. None: as long as it likes.
+    longest_step: float | None = None
+    longest_step_remedy: str = ""
+    #: Whether sandboxes are on somebody else's machines. What a step doesn't ask for is the
+    #: provider's to choose then, not METAFLOW_SANDBOX_MEMORY's and METAFLOW_SANDBOX_DISK's.
+    hosted: bool = False
+    #: A directory inside that the step can write, empty at the start; it may be made by the
+    #: first command or file that needs it.
     work: str = "/sandbox"
     #: Where the inputs go inside; the step need not be able to write it.
     inbox: str = "/sandbox/inbox"

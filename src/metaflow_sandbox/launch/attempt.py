@@ -236,8 +236,10 @@ class Attempt:
     def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
         job, request = self.job, self.request
         limits = self.backend.limits()
-        memory = request.memory or int(metaflow_config.SANDBOX_MEMORY) or None
-        disk = request.disk or int(metaflow_config.SANDBOX_DISK) or None
+        memory, disk = request.memory, request.disk
+        if not self.backend.hosted:
+            memory = memory or int(metaflow_config.SANDBOX_MEMORY) or None
+            disk = disk or int(metaflow_config.SANDBOX_DISK) or None
         whole = request.deadline + _LIFETIME_MARGIN
         return SandboxSpec(
             labels={

@@ -274,4 +274,17 @@ class Request:
                 f"network={network!r} can't be had from {backend.name}, which gives: "
                 f"{', '.join(limits.network)}. Leave it out, or choose another backend."
             )
+        longest = backend.longest_step
+        if longest is not None and self.deadline > longest:
+            if self.timeout or self.step_timeout:
+                raise NotEnforceable(
+                    f"a step of {self.deadline:.0f} s can't be had from {backend.name}, which ends "
+                    f"it after {longest:.0f} s. Give it a smaller timeout. "
+                    f"{backend.longest_step_remedy}"
+                )
+            dropped["timeout"] = int(longest)
+            notes.append(
+                f"it is ended after {longest:.0f} s, since {backend.name} ends its sandboxes then. "
+                f"{backend.longest_step_remedy}"
+            )
         return replace(self, **dropped), notes

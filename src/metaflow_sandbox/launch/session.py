@@ -56,9 +56,15 @@ class Session:
         """
         request.variables()
         backend, preflight = self._choose(request)
-        _, notes = request.check(backend)
+        request, notes = request.check(backend)
         quota_of(backend)
-        recipe = Recipe(request.image, request.setup, options=request.options)
+        recipe = Recipe(
+            request.image,
+            request.setup,
+            options=request.options,
+            cpu=request.cpu,
+            memory=request.memory,
+        )
 
         def log(line: str) -> None:
             logger(f"[sandbox] {line}", system_msg=True)

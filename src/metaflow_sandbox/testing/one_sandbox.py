@@ -11,7 +11,7 @@ from metaflow_sandbox.backends.base import SandboxSpec
 async def main() -> None:
     module, _, name = sys.argv[1].partition(":")
     backend = getattr(importlib.import_module(module), name)()
-    sandbox = await backend.create(SandboxSpec(disk=256))
+    sandbox = await backend.create(SandboxSpec(disk=256 if backend.limits().disk else None))
     try:
         await anyio.sleep(0.5)
         assert (await sandbox.run(["echo", "ok"])).stdout == b"ok\n"

@@ -206,8 +206,8 @@ class Processes:
         end = Event.EndEvent(exit_code=code, exited=exited, status=said, **failure)
         running.end = Event(event=Oneof("end", end))
         await running.tell(running.end)
-        await asyncio.sleep(_REMEMBERED_SECONDS if not sandbox.machine.ended else 0)
-        sandbox.processes.pop(running.process.pid, None)
+        loop = asyncio.get_running_loop()
+        loop.call_later(_REMEMBERED_SECONDS, sandbox.processes.pop, running.process.pid, None)
 
     async def _end_at(self, running, seconds):
         await asyncio.sleep(seconds)

@@ -337,6 +337,14 @@ class DaytonaDecorator(SandboxDecorator):
 
 
 class E2BDecorator(SandboxDecorator):
-    """Runs a step in one of E2B's cloud sandboxes. Parameters: see `@sandbox`."""
+    """
+    Runs a step in one of E2B's cloud sandboxes.
+
+    Parameters
+    ----------
+    template : str, optional
+        A template of your own that it is made from. All others: see `@sandbox`.
+    """
 
     name = backend = "e2b"
+    defaults = {**SandboxDecorator.defaults, "template": None}

@@ -1,0 +1,259 @@
+"""Sandboxes in E2B's cloud, by its official SDK: microVMs that start in a fraction of a second.
+
+sandbox.py     commands and files of one
+inside.py      what runs a command inside
+templates.py   what they are made from
+failures.py    what the SDK raises, as this package's errors
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import math
+import os
+import sys
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+from metaflow import metaflow_config
+
+from ...concurrency import blocking
+from ...errors import BackendUnavailable, ConnectionLost, NotEnforceable, SandboxError
+from ..base import (
+    Backend,
+    Capabilities,
+    Preflight,
+    Prepared,
+    Quota,
+    Recipe,
+    SandboxInfo,
+    SandboxSpec,
+    Say,
+    network_kind,
+    unsaid,
+)
+from . import templates
+from .failures import KEY_REMEDY, translate, translated
+from .sandbox import E2BSandbox, kill
+
+_REQUEST_SECONDS = 30.0
+_END_MARGIN = 60.0  # what a step's sandbox needs before and after it
+_CREATION = "metaflow-creation"  # a label of ours, by which one is found whose answer got lost
+_CHECK = "import sys; sys.exit(sys.version_info < (3, 8))"
+
+
+class E2B(Backend):
+    name = "e2b"
+    capabilities = Capabilities(
+        cpu=True,
+        memory=True,
+        image=True,
+        setup=True,
+        network=("internet", "none", "hosts"),
+        stream="spool",
+    )
+    options = {"template": "my-template"}
+    # Those of the plan without a subscription.
+    quota = Quota(concurrent=20, per_second=1)
+    longest_lifetime = 1800.0
+    hosted = True
+    work = "/home/user/sandbox"
+    inbox = "/home/user/sandbox/inbox"
+
+    def __init__(self) -> None:
+        hours = float(metaflow_config.SANDBOX_E2B_HOURS)
+        self.longest_step = hours * 3600 - _END_MARGIN
+        self.longest_step_remedy = (
+            "If your plan of E2B's has longer sandboxes, say so: export METAFLOW_SANDBOX_E2B_HOURS="
+            "24."
+        )
+        self._ready: dict[str, str] = {}  # {recipe's name: template}
+
+    def account(self) -> str:
+        key = hashlib.sha256(os.environ.get("E2B_API_KEY", "").encode()).hexdigest()
+        return f"{os.environ.get('E2B_DOMAIN', '')} {key}"
+
+    async def _sdk(self) -> Any:
+        """The SDK, whose import takes a second or two: other tasks go on meanwhile.
+
+        Raises:
+            BackendUnavailable: it isn't installed, or there is no key.
+        """
+        try:
+            sdk = await blocking(lambda: importlib.import_module("e2b"))
+        except ImportError as e:
+            needs = "" if sys.version_info >= (3, 11) else ", with Python 3.11 or later"
+            raise BackendUnavailable(
+                f'E2B\'s SDK is not installed ({e}): pip install "metaflow-sandbox[e2b]"{needs}',
+                op="create",
+            ) from e
+        if not os.environ.get("E2B_API_KEY"):
+            raise BackendUnavailable(f"E2B needs an API key. {KEY_REMEDY}", op="create")
+        return sdk
+
+    async def preflight(self) -> Preflight:
+        sdk = await self._sdk()
+        # Any call tells whether the key is right; this one makes nothing.
+        with translated("preflight"):
+            await sdk.AsyncSandbox.list(limit=1, request_timeout=_REQUEST_SECONDS).next_items()
+        where = os.environ.get("E2B_DOMAIN") or os.environ.get("E2B_API_URL") or "e2b.app"
+        return Preflight(
+            f"E2B at {where}",
+            (
+                "a sandbox is paid for by the second, and is ended at the latest "
+                f"{self.longest_lifetime / 60:.0f} minutes after whoever runs the flow is gone.",
+            ),
+        )
+
+    async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
+        sdk = await self._sdk()
+        own = recipe.options.get("template")
+        if own is not None and recipe.image is not None:
+            raise NotEnforceable(
+                f"image={recipe.image!r} and template={own!r}: a sandbox is made from one of them. "
+                "Leave one out.",
+                op="prepare",
+            )
+        if not templates.needed(recipe):
+            if own is not None:
+                await self._check(sdk, own, f"template={own!r}")
+            return Prepared()
+        name = await blocking(lambda: templates.name_of(recipe))
+        what = f"image={recipe.image!r}" if recipe.image else "the template"
+        async with templates.alone(name):
+            # One that is there may still be built elsewhere, or its build may have failed.
+            if not await templates.exists(name) or not await self._usable(sdk, name, what):
+                await templates.build(recipe, name, say)
+                await self._check(sdk, name, what)
+        self._ready[name] = name
+        return Prepared(name)
+
+    async def _usable(self, sdk: Any, template: str, what: str) -> bool:
+        try:
+            await self._check(sdk, template, what)
+        except SandboxError as e:
+            if e.code != "no_template":
+                raise
+            return False
+        return True
+
+    async def _check(self, sdk: Any, template: str, what: str) -> None:
+        """Makes one sandbox of a template and looks for Python in it.
+
+        Raises:
+            SandboxError: there is no such template ("no_template"), or no Python in it.
+        """
+        try:
+            sandbox = await self._create(sdk, template, SandboxSpec(lifetime=120, network=False))
+        except SandboxError as e:
+            if e.code != "refused":
+                raise
+            raise SandboxError(
+                f"{what}: E2B has no such template that is ready: {e.message}. See `e2b template "
+                "list`.",
+                code="no_template", op="prepare", retryable=False,
+            ) from e  # fmt: skip
+        try:
+            command = f"{self.python} -c '{_CHECK}'"
+            with translated("prepare", template):
+                await sandbox.remote.commands.run(command, user="user", timeout=0)
+        except SandboxError as e:
+            raise SandboxError(
+                f"{what}: it has no {self.python}, 3.8 or later, which a step needs. Take one that "
+                "has, such as python:3.12-slim, or install it by setup=[…].",
+                code="no_python", op="prepare", retryable=False,
+            ) from e  # fmt: skip
+        finally:
+            await sandbox.destroy()
+
+    async def create(self, spec: SandboxSpec) -> E2BSandbox:
+        self.refuse(spec)
+        sdk = await self._sdk()
+        template = spec.image
+        if template is None or not template.startswith(templates.PREFIX):
+            recipe = Recipe(spec.image, options=spec.options, cpu=spec.cpu, memory=spec.memory)
+            if templates.needed(recipe):
+                template = (await self.prepare(recipe)).image
+            else:
+                template = spec.options.get("template")
+        return await self._create(sdk, template or "base", spec)
+
+    async def _create(self, sdk: Any, template: str, spec: SandboxSpec) -> E2BSandbox:
+        creation = uuid.uuid4().hex
+        options: dict[str, Any] = {
+            "template": template,
+            "timeout": math.ceil(spec.lifetime),
+            "metadata": {**spec.labels, _CREATION: creation},
+            "request_timeout": _REQUEST_SECONDS,
+            "idempotency_key": creation,
+        }
+        kind = "internet" if spec.network is None else network_kind(spec.network)
+        if kind == "none":
+            options["allow_internet_access"] = False
+        elif kind == "hosts" and isinstance(spec.network, (list, tuple)):
+            options["network"] = {"allow_out": list(spec.network), "deny_out": ["0.0.0.0/0"]}
+        # Whoever is cancelled in the middle could not tell what became of it.
+        with anyio.CancelScope(shield=True):
+            remote = await self._request(sdk, options)
+        sandbox = E2BSandbox(self, remote, template)
+        try:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+        except BaseException:
+            await sandbox.destroy()
+            raise
+        return sandbox
+
+    async def _request(self, sdk: Any, options: dict[str, Any]) -> Any:
+        """Asks for a sandbox, again under the same key if the answer got lost."""
+        for last in (False, False, True):
+            try:
+                return await sdk.AsyncSandbox.create(**options)
+            except Exception as e:
+                error = translate(e, "create", options["template"])
+                if not isinstance(error, ConnectionLost):
+                    raise error from e
+                if last:
+                    await self._sweep(options["metadata"])
+                    raise SandboxError(
+                        f"{error.message}. Try again later.", code="create_failed", op="create",
+                        retryable=True,
+                    ) from e  # fmt: skip
+        raise RuntimeError("unreachable")
+
+    async def _sweep(self, labels: Mapping[str, str]) -> None:
+        """Ends what may have been made by requests whose answers got lost."""
+        with contextlib.suppress(Exception):
+            for info in await self._found({_CREATION: labels[_CREATION]}):
+                await kill(info.sandbox_id)
+
+    async def _found(self, labels: Mapping[str, str]) -> list[Any]:
+        sdk = await self._sdk()
+        query = sdk.SandboxQuery(
+            metadata=dict(labels), state=[sdk.SandboxState.RUNNING, sdk.SandboxState.PAUSED]
+        )
+        pages = sdk.AsyncSandbox.list(query=query, request_timeout=_REQUEST_SECONDS)
+        found: list[Any] = []
+        with translated("list"):
+            while pages.has_next:
+                found += await pages.next_items()
+        return found
+
+    async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
+        return [
+            SandboxInfo(
+                info.sandbox_id,
+                {k: v for k, v in (info.metadata or {}).items() if k != _CREATION},
+                info.started_at.timestamp(),
+            )
+            for info in await self._found(labels)
+            if _CREATION in (info.metadata or {})  # others of the account are none of ours
+        ]
+
+    async def destroy(self, sandbox_id: str) -> None:
+        await self._sdk()
+        await kill(sandbox_id)

@@ -1,0 +1,159 @@
+"""Templates: what sandboxes of E2B's are made from, and the only place of their size.
+
+A template is named by its recipe's content, built by whoever needs it first, and found by
+that name afterwards, from any machine of the account.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import shlex
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+
+from ...errors import NotEnforceable, SandboxError
+from ...leases import base
+from ..base import Recipe, Say
+from .failures import translate, translated
+
+if TYPE_CHECKING:
+    from e2b import LogEntry
+
+PREFIX = "metaflow-sandbox-"
+_LINE = 200
+_BASE = "base"
+
+
+def size(recipe: Recipe) -> tuple[int | None, int | None]:
+    """(CPUs, MB) of a recipe as E2B counts them.
+
+    Raises:
+        NotEnforceable: a part of a CPU.
+    """
+    cpus = recipe.cpu
+    if cpus is not None and cpus != int(cpus):
+        raise NotEnforceable(f"cpu={cpus:g}: E2B gives whole CPUs. Give cpu={int(cpus) + 1}.")
+    memory = recipe.memory
+    return None if cpus is None else int(cpus), None if memory is None else memory + memory % 2
+
+
+def name_of(recipe: Recipe) -> str:
+    """The name of a recipe's template. Blocking: it reads the recipe's files."""
+    return PREFIX + recipe.key(*(str(part) for part in size(recipe)))
+
+
+def needed(recipe: Recipe) -> bool:
+    """Whether a recipe needs a template of its own."""
+    return recipe.image is not None or not recipe.plain or size(recipe) != (None, None)
+
+
+@contextlib.asynccontextmanager
+async def alone(name: str) -> AsyncIterator[None]:
+    """One process of this user on this machine at a time."""
+    with open(base() / f"places-{name}", "w") as lock:  # noqa: ASYNC230 - an empty file
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await anyio.sleep(0.5)
+        yield
+
+
+async def exists(name: str) -> bool:
+    from e2b import AsyncTemplate
+
+    with translated("prepare", name):
+        return await AsyncTemplate.exists(name)
+
+
+async def build(recipe: Recipe, name: str, say: Say) -> None:
+    """Builds a template and passes its log on.
+
+    Raises:
+        SandboxError: it failed, with the step that did.
+    """
+    from e2b import AsyncSandbox, AsyncTemplate
+
+    cpus, memory = size(recipe)
+    source = recipe.image or recipe.options.get("template") or "E2B's base"
+    await say(
+        f"builds a template of E2B's from {source}, once: {name}. E2B keeps it, and counts it "
+        "as its plan says; a sandbox of it costs by its CPUs and memory."
+    )
+    started = time.monotonic()
+    failure: Exception | None = None
+    lines: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def heard(entry: LogEntry) -> None:
+        lines.put_nowait(" ".join(entry.message.split())[:_LINE])
+
+    async def pass_on() -> None:
+        while (line := await lines.get()) is not None:
+            await say(line)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(pass_on)
+        try:
+            with tempfile.TemporaryDirectory() as context:
+                template = _template(recipe, Path(context))
+                await AsyncTemplate.build(
+                    template, name, cpu_count=cpus, memory_mb=memory, on_build_logs=heard
+                )
+        except BaseException as e:
+            # One that is not ready would be found by its name.
+            with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
+                with anyio.move_on_after(10):
+                    await AsyncSandbox.delete_snapshot(name)
+            tasks.cancel_scope.cancel()
+            if not isinstance(e, Exception):
+                raise
+            failure = _failure(e, recipe, source)
+        else:
+            lines.put_nowait(None)
+    if failure is not None:
+        raise failure
+    await say(f"the template is ready after {time.monotonic() - started:.0f} s.")
+
+
+def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
+    """The SDK's description of a recipe. Its files are linked into a directory for the SDK."""
+    from e2b import AsyncTemplate
+
+    start = AsyncTemplate(file_context_path=context)
+    if recipe.image is not None:
+        template = start.from_image(recipe.image)
+    else:
+        template = start.from_template(recipe.options.get("template", _BASE))
+    for number, (inside, source) in enumerate(recipe.files.items()):
+        (context / str(number)).symlink_to(source.resolve())
+        template = template.copy(str(number), inside, user="root", resolve_symlinks=True)
+    for command in recipe.setup:
+        template = template.run_cmd(command, user="root")
+    if recipe.install:
+        template = template.run_cmd(shlex.join(recipe.install), user="root")
+    if recipe.files:
+        template = template.run_cmd(shlex.join(["rm", "-rf", "--", *recipe.files]), user="root")
+    return template
+
+
+def _failure(e: Exception, recipe: Recipe, source: str) -> Exception:
+    error = translate(e, "prepare", source)
+    if isinstance(error, SandboxError) and error.code == "build_failed":
+        hint = (
+            "Check the image's name, and that E2B can pull it"
+            if recipe.image is not None and not recipe.setup
+            else "The lines above say which command failed"
+        )
+        return SandboxError(
+            f"the template for {source} could not be built: {error.message}. {hint}.",
+            code="build_failed", op="prepare", retryable=False,
+        )  # fmt: skip
+    return error
