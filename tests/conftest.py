@@ -134,3 +134,26 @@ def project(tmp_path):
     made = Project(tmp_path)
     yield made
     made.assert_nothing_left()
+
+
+@pytest.fixture(scope="session")
+def e2b_service():
+    """An emulated E2B, in a process of its own."""
+    if sys.version_info < (3, 11):
+        pytest.skip("NOT RUN: E2B's SDK needs Python 3.11")
+    from emulators.e2b.server import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def e2b(e2b_service, project):
+    """The same, as new, where the project's flows find it; nothing is left there after a test."""
+    e2b_service.reset()
+    project.environment |= e2b_service.environment
+    yield e2b_service
+    deadline = time.monotonic() + 10
+    while (left := e2b_service.cloud()["sandboxes"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == {}

@@ -15,6 +15,9 @@ sandbox. A command that exits with a non-zero code is a result, not an error.
 
 from __future__ import annotations
 
+#: The code of a `SandboxError` that passes when somebody's sandbox ends, in minutes or hours.
+NO_PLACE = "no_place"
+
 
 class SandboxError(Exception):
     """A fault of the infrastructure, never of the user's code.

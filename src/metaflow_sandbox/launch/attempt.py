@@ -23,7 +23,13 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 from metaflow import metaflow_config
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 from ..admission import internals, results
 from ..admission.readers import Readers
@@ -31,7 +37,7 @@ from ..admission.text import harmless
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors, write_all
-from ..errors import ConnectionLost, ProtocolError, Rejected, SandboxError
+from ..errors import NO_PLACE, ConnectionLost, ProtocolError, Rejected, SandboxError
 from ..manage import ownership
 from .job import Job
 from .logs import Budget, LogRelay
@@ -45,6 +51,8 @@ from .trace import Trace
 _LIFETIME_MARGIN = 600.0
 _RECONNECT_SECONDS = 120.0
 _RECONNECT_PAUSE = 1.0
+_TRIES = 5
+_PLACE_SECONDS = 1800.0  # that others of an account are waited for
 _ACKNOWLEDGE_SECONDS = 0.2
 _ACKNOWLEDGE_BYTES = 1 << 20  # a segment of the spool
 _COLLECT_SECONDS = 1800.0
@@ -88,6 +96,13 @@ class Outcome:
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ProtocolError("the exit frame is broken", op="stream") from None
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether what was begun may be begun again: it went wrong on the way, not inside."""
+    return isinstance(error, ConnectionLost) or (
+        isinstance(error, SandboxError) and error.retryable is True
+    )
 
 
 class Failed(Exception):
@@ -230,7 +245,7 @@ class Attempt:
         await anyio.lowlevel.checkpoint_if_cancelled()
         self.recorder.facts.update(self._made.facts())
         async with _timed(self.timings, "upload"):
-            self._unpacking = await self._made.upload(mounts)
+            self._unpacking = await self._upload(mounts)
         return parents
 
     def _spec(self, mounts: dict[str, Path]) -> SandboxSpec:
@@ -263,14 +278,37 @@ class Attempt:
 
     async def _create(self, spec: SandboxSpec) -> Sandbox:
         """Creates the sandbox; tries again what is known to be worth it, since no code ran yet."""
+
+        def stop(state: RetryCallState) -> bool:
+            error = state.outcome.exception() if state.outcome is not None else None
+            if isinstance(error, SandboxError) and error.code == NO_PLACE:
+                return (state.seconds_since_start or 0) > _PLACE_SECONDS
+            return state.attempt_number >= _TRIES
+
+        async def say(state: RetryCallState) -> None:
+            if state.attempt_number == 3 and state.outcome is not None:
+                await self._say(f"{state.outcome.exception()} It is tried again.")
+
         attempts = AsyncRetrying(
-            stop=stop_after_attempt(5),
+            stop=stop,
             wait=wait_random_exponential(multiplier=0.5, max=30),
             retry=retry_if_exception(lambda e: isinstance(e, SandboxError) and e.retryable is True),
+            before_sleep=say,
             sleep=anyio.sleep,
             reraise=True,
         )
         return await attempts(self.backend.create, spec)
+
+    async def _upload(self, mounts: dict[str, Path]) -> list[str]:
+        """Sends the inputs, again if the connection drops: nothing has run that could notice."""
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(_TRIES),
+            wait=wait_random_exponential(multiplier=0.5, max=10),
+            retry=retry_if_exception(_passes),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        return await attempts(self._made.upload, mounts)
 
     @contextlib.asynccontextmanager
     async def _renewed(self) -> AsyncIterator[None]:
@@ -353,8 +391,12 @@ class Attempt:
             code: int | None = None
             # As long as nothing has come, it isn't known whether it was started.
             command = self._agent("follow", spool, str(before)) if before else begin
-            with contextlib.suppress(ConnectionLost):
+            try:
                 code = await self._follow(command, spool, decoder)
+            except SandboxError as e:
+                if not _passes(e):
+                    raise
+                self._trace.event("dropped", error=e.code, seq=decoder.seq)
             if code == 0:
                 return  # the spool has ended
             if code is not None and decoder.seq == 0:
@@ -379,7 +421,7 @@ class Attempt:
                 if self._received - acknowledged >= _ACKNOWLEDGE_BYTES:
                     acknowledged = self._received
                     # Without it the step waits; what it does to its own spool is its loss.
-                    with contextlib.suppress(OSError, ConnectionLost):
+                    with contextlib.suppress(OSError, SandboxError):
                         await sandbox.write_bytes(f"{spool}/ack", b"%d" % decoder.seq)
 
         with plain_errors():
@@ -465,17 +507,29 @@ class Attempt:
             async def inlined() -> AsyncIterator[bytes]:
                 yield content
 
-            stream = inlined()
-        else:
-            stream = self._made.read(f"{self.backend.work}/outbox")
-        target = directory / "results"
-        target.mkdir(mode=0o700)
+            return await self._receive(inlined, directory / "results")
+        # What was packed stays there, so it can be asked for again.
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(_TRIES),
+            wait=wait_random_exponential(multiplier=0.5, max=10),
+            retry=retry_if_exception(_passes),
+            sleep=anyio.sleep,
+            reraise=True,
+        )
+        outbox = partial(self._made.read, f"{self.backend.work}/outbox")
+        return await attempts(self._receive, outbox, directory / "results")
+
+    async def _receive(
+        self, open_stream: Callable[[], AsyncIterator[bytes]], target: Path
+    ) -> results.Results:
+        await blocking(partial(shutil.rmtree, target, ignore_errors=True))
+        target.mkdir(mode=0o700)  # noqa: ASYNC240 - microseconds
         disk = self.request.disk or int(metaflow_config.SANDBOX_DISK) or _RESULTS
         seconds = max(60.0, min(self.request.deadline, _COLLECT_SECONDS))
         async with _timed(self.timings, "collect"):
             try:
                 with anyio.fail_after(seconds):
-                    return await results.receive(stream, target, disk << 20)
+                    return await results.receive(open_stream(), target, disk << 20)
             except TimeoutError:
                 raise Failed(f"the step's results did not come within {seconds:.0f} s.") from None
             except OSError as e:

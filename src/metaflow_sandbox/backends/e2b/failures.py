@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...errors import BackendUnavailable, ConnectionLost, SandboxError, SandboxGone
+from ...errors import NO_PLACE, BackendUnavailable, ConnectionLost, SandboxError, SandboxGone
 
 KEY_REMEDY = (
     "Get one at https://e2b.dev/dashboard?tab=keys and set it where you start the flow: "
@@ -99,7 +99,7 @@ def _limited(said: str, op: str) -> SandboxError:
     )
     return SandboxError(
         f"E2B's limit was reached: {_short(said)}. {remedy}",
-        code="no_place" if full else "rate_limited", op=op, retryable=True,
+        code=NO_PLACE if full else "rate_limited", op=op, retryable=True,
     )  # fmt: skip
 
 
