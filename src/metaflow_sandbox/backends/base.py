@@ -170,8 +170,8 @@ class Recipe:
         install: a command that runs after `setup`, without need of a network.
         prefix: the directory that `install` fills, which sandboxes have at the same path.
         options: as in `SandboxSpec`.
-        cpu, memory (MB): as in `SandboxSpec`, for backends whose images have a size. Not part
-            of `key`.
+        cpu, memory (MB), disk (MB), gpu: what the sandboxes are to have, for providers that
+            decide it by what they are made from. Not part of `key`: give it what counts.
     """
 
     image: str | None = None
@@ -182,6 +182,8 @@ class Recipe:
     options: Mapping[str, str] = field(default_factory=dict)
     cpu: float | None = None
     memory: int | None = None
+    disk: int | None = None
+    gpu: int | None = None
 
     @property
     def plain(self) -> bool:

@@ -64,6 +64,8 @@ class Session:
             options=request.options,
             cpu=request.cpu,
             memory=request.memory,
+            disk=request.disk,
+            gpu=request.gpu,
         )
 
         def log(line: str) -> None:
