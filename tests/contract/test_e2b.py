@@ -27,6 +27,8 @@ def account(server, monkeypatch):
 
 
 class TestE2B(BackendContract):
+    cpu = 1  # it gives whole ones
+
     @pytest.fixture
     def backend(self):
         return E2B()

@@ -17,6 +17,7 @@ PROGRAMS = [
     SOURCE / "metaflow_sandbox/backends/bubblewrap/box.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/enter.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",
+    SOURCE / "metaflow_sandbox/backends/daytona/runner.py",
 ]
 HOST = sorted((SOURCE / "metaflow_sandbox").rglob("*.py"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]

@@ -331,9 +331,17 @@ class DockerDecorator(SandboxDecorator):
 
 
 class DaytonaDecorator(SandboxDecorator):
-    """Runs a step in one of Daytona's cloud sandboxes. Parameters: see `@sandbox`."""
+    """
+    Runs a step in one of Daytona's cloud sandboxes. Parameters: those of `@sandbox`, and
+
+    Parameters
+    ----------
+    snapshot : str, optional
+        A snapshot of your organisation that the sandbox is made from, with its size.
+    """
 
     name = backend = "daytona"
+    defaults = {**SandboxDecorator.defaults, "snapshot": None}
 
 
 class E2BDecorator(SandboxDecorator):

@@ -1,0 +1,162 @@
+"""The SDK's client: one for all that goes on at a time, and every call by a deadline of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+import weakref
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+
+from ...errors import BackendUnavailable, SandboxError
+from . import faults
+
+if TYPE_CHECKING:
+    from daytona import AsyncDaytona
+
+T = TypeVar("T")
+
+DEFAULT_URL = "https://app.daytona.io/api"
+CALL_SECONDS = 30.0
+# A rate limit is waited out: a foreach of hundreds meets it as a matter of course.
+PATIENCE_SECONDS = 900.0
+_TRIES = 4
+_CLOSE_SECONDS = 5.0
+
+
+def url() -> str:
+    """Where the API is: Daytona's own, or a self-hosted one."""
+    return os.environ.get("DAYTONA_API_URL") or DEFAULT_URL
+
+
+def account() -> str:
+    """Whose quota counts: never the key itself."""
+    secret = os.environ.get("DAYTONA_API_KEY") or os.environ.get("DAYTONA_JWT_TOKEN") or ""
+    digest = hashlib.sha256(b"account" + secret.encode()).hexdigest()[:16]
+    return f"{url()} {os.environ.get('DAYTONA_ORGANIZATION_ID', '')} {digest}"
+
+
+def _sdk() -> type[AsyncDaytona]:
+    """The SDK's client, which it loads with all of its models when asked for."""
+    from daytona import AsyncDaytona
+
+    return AsyncDaytona
+
+
+class _Shared:
+    """A client and how many use it."""
+
+    def __init__(self, client: AsyncDaytona) -> None:
+        self.client = client
+        self.users = 1
+
+
+class Clients:
+    """Clients of this process: one for each event loop, as long as anybody uses it."""
+
+    def __init__(self) -> None:
+        self._shared: weakref.WeakKeyDictionary[AbstractEventLoop, _Shared] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    async def acquire(self) -> AsyncDaytona:
+        """The client, which `release` gives back.
+
+        Raises:
+            BackendUnavailable: the SDK or a key is missing.
+        """
+        try:
+            # Two seconds' work at first: others go on meanwhile.
+            made = await anyio.to_thread.run_sync(_sdk)
+        except ImportError as e:
+            raise BackendUnavailable(
+                f"Daytona's SDK is not installed ({e}). Install it with: "
+                'pip install "metaflow-sandbox[daytona]"',
+                op="load",
+            ) from e
+        loop = get_running_loop()
+        if shared := self._shared.get(loop):
+            shared.users += 1
+            return shared.client
+        try:
+            client = made()
+        except Exception as e:
+            raise BackendUnavailable(
+                "there is no key for Daytona: make one at https://app.daytona.io/dashboard/keys, "
+                f"and export DAYTONA_API_KEY=… ({e})",
+                code="no_key",
+                op="load",
+                retryable=False,
+            ) from None
+        self._shared[loop] = _Shared(client)
+        return client
+
+    async def release(self) -> None:
+        loop = get_running_loop()
+        shared = self._shared[loop]
+        shared.users -= 1
+        if shared.users:
+            return
+        del self._shared[loop]
+        with (
+            anyio.CancelScope(shield=True),
+            anyio.move_on_after(_CLOSE_SECONDS),
+            contextlib.suppress(Exception),
+        ):
+            await shared.client.close()  # type: ignore[no-untyped-call]
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[AsyncDaytona]:
+        client = await self.acquire()
+        try:
+            yield client
+        finally:
+            await self.release()
+
+
+async def call(
+    op: str,
+    make: Callable[[], Awaitable[T]],
+    *,
+    seconds: float = CALL_SECONDS,
+    again: bool = False,
+) -> T:
+    """One call of the SDK, which has no deadlines that hold and repeats nothing.
+
+    Args:
+        make: starts it, each time anew.
+        seconds: for one try.
+        again: whether it may be sent twice, where it can't be known if it arrived.
+
+    Raises:
+        TimeoutError: there was no answer in time.
+        Exception: what the SDK raises.
+    """
+    patience = time.monotonic() + PATIENCE_SECONDS
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            with anyio.fail_after(seconds):
+                return await make()
+        except TimeoutError:
+            if not again or tries >= _TRIES:
+                raise
+        except SandboxError:
+            raise
+        except Exception as e:
+            if faults.status_of(e) == 429:
+                tries -= 1
+                wait = faults.wait_of(e)
+                if time.monotonic() + wait > patience:
+                    raise
+                await anyio.sleep(wait)
+            elif again and tries < _TRIES and faults.is_transient(e):
+                await anyio.sleep(0.2 * 2**tries)
+            else:
+                raise
