@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +128,31 @@ class Project:
                 break
             time.sleep(0.1)
         assert left == []
+
+
+@pytest.fixture(scope="session")
+def daytona_server(tmp_path_factory):
+    """A Daytona on loopback, one for all tests of a process."""
+    from tests.emulators.daytona import Emulator, wire
+
+    if not wire.SPECIFICATIONS.exists():
+        warnings.warn(
+            "NOT CHECKED: Daytona's published specification is not here (PROVIDER_SPECS), so that "
+            "answers of its emulator are held to the installed SDK's models alone.",
+            stacklevel=1,
+        )
+    running = Emulator(tmp_path_factory.mktemp("daytona"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def daytona(daytona_server):
+    """It, as at first; what it answers is what the SDK's models know."""
+    daytona_server.reset()
+    yield daytona_server
+    found = daytona_server.state()
+    assert found["flaws"] == []
 
 
 @pytest.fixture
