@@ -1,0 +1,386 @@
+"""Flows in Daytona's sandboxes: the real SDK against a server on loopback."""
+
+import json
+import re
+import time
+
+import pytest
+
+FLOW = """
+    import os, sys
+    from metaflow import FlowSpec, Parameter, catch, daytona, retry, current, step
+
+    class Cloudy(FlowSpec):
+        number = Parameter("number", default=3)
+
+        @step
+        def start(self):
+            self.items = [1, 2]
+            self.next(self.work, foreach="items")
+
+        @daytona(env=["NAMED_TOKEN"])
+        @step
+        def work(self):
+            self.result = self.input * self.number
+            self.big = os.urandom(3_000_000)
+            self.seen = sorted(k for k in os.environ if "KEY" in k or "SECRET" in k or "TOKEN" in k)
+            print("in the sandbox", self.input)
+            print("and aside", file=sys.stderr)
+            self.next(self.join)
+
+        @daytona
+        @step
+        def join(self, inputs):
+            self.results = sorted(i.result for i in inputs)
+            self.sizes = [len(i.big) for i in inputs]
+            self.seen = [i.seen for i in inputs]
+            self.next(self.shaky)
+
+        @retry(times=1, minutes_between_retries=0)
+        @daytona
+        @step
+        def shaky(self):
+            if current.retry_count == 0:
+                raise ValueError("the first attempt fails")
+            self.next(self.caught)
+
+        @catch(var="failure", print_exception=False)
+        @daytona
+        @step
+        def caught(self):
+            raise KeyError("caught")
+            self.next(self.end)
+
+        @step
+        def end(self):
+            print("results", self.results)
+
+    if __name__ == "__main__":
+        Cloudy()
+"""
+SMALL = """
+    from metaflow import FlowSpec, daytona, step
+
+    class Small(FlowSpec):
+        %s
+        @step
+        def start(self):
+            %s
+            self.next(self.end)
+
+        @step
+        def end(self):
+            print("done", self.x)
+
+    if __name__ == "__main__":
+        Small()
+"""
+
+
+def small(project, decorator="@daytona", body="self.x = 1"):
+    project.write("flow.py", SMALL % (decorator, body))
+
+
+@pytest.fixture
+def cloud(project, daytona):
+    """A project whose user has a key, and the server that it is for."""
+    project.environment.update(daytona.environment)
+    return daytona
+
+
+@pytest.fixture
+def user(project, cloud):
+    yield project
+    deadline = time.monotonic() + 30
+    while cloud.living() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cloud.living() == []
+
+
+def test_a_flow_runs_from_end_to_end_and_only_what_is_named_goes_in(user, cloud, tmp_path):
+    bodies = tmp_path / "bodies"
+    bodies.mkdir()
+    cloud.ask("PUT", "settings", {"latency": 0.0, "bodies": str(bodies)})
+    secrets = {"AWS_SECRET_ACCESS_KEY": "canary-aws", "OPENAI_API_KEY": "canary-openai"}
+    user.write("flow.py", FLOW)
+    done = user.run("flow.py", "run", env={**secrets, "NAMED_TOKEN": "canary-named"}).ok()
+    assert re.search(r"in the sandbox 1", done.output)
+    answer = user.client(
+        """
+        run = Flow("Cloudy").latest_run
+        d = run["join"].task.data
+        answer = [d.results, d.sizes, d.seen, sorted(t.stdout for t in run["work"]),
+                  run["shaky"].task.current_attempt, str(run["caught"].task.data.failure),
+                  run["work"].task.metadata_dict["sandbox-provider"]]
+        """
+    )
+    assert answer[:4] == [
+        [3, 6], [3_000_000, 3_000_000], [["NAMED_TOKEN"]] * 2,
+        ["in the sandbox 1\n", "in the sandbox 2\n"],
+    ]  # fmt: skip
+    assert answer[4] == 1
+    assert "caught" in answer[5]
+    assert answer[6].startswith("Daytona (us), sandbox ")
+
+    # Everything that the cloud was ever sent.
+    journal = cloud.journal()
+    sent = {path: path.read_bytes() for path in bodies.iterdir()}
+    assert len(sent) > 20
+    for path, body in sent.items():
+        assert b"canary-aws" not in body and b"canary-openai" not in body
+        assert cloud.key.encode() not in body
+        if b"canary-named" in body:
+            number = int(path.name.rpartition("-")[2])
+            entry = next(e for e in journal if e["number"] == number)
+            assert entry["path"].endswith("/files/bulk-upload")
+    for entry in journal:
+        headers = dict(entry["headers"])
+        assert headers.pop("authorization") == f"Bearer {cloud.key}"
+        said = json.dumps([headers, entry["path"], entry["query"]])
+        assert "canary" not in said and cloud.key not in said
+    assert "canary" not in json.dumps(cloud.state()["requests"])
+
+
+def test_every_sandbox_ends_by_itself_and_says_whose_it_is(user, cloud):
+    small(user)
+    user.run("flow.py", "run").ok()
+    (request,) = cloud.state()["requests"].values()
+    assert request["autoStopInterval"] == 0
+    assert request["autoDeleteInterval"] == 0
+    assert request["ttlMinutes"] == 60
+    assert not request.get("env")
+    assert request["labels"]["metaflow-flow"] == "Small"
+    assert request["labels"]["metaflow-step"] == "start"
+    assert set(request["labels"]) == {
+        "metaflow-flow", "metaflow-run", "metaflow-step", "metaflow-task", "metaflow-attempt",
+        "metaflow-owner", "metaflow-host", "metaflow-expires",
+    }  # fmt: skip
+
+
+def round_trips(cloud):
+    """What one step sent, in the order of its beginning, without what comes beside it."""
+    journal = [e for e in cloud.journal() if e["began"] > 0]
+    first = next(
+        i for i, e in enumerate(journal) if (e["method"], e["path"]) == ("POST", "/api/sandbox")
+    )
+    found, over = [], 0.0
+    for entry in journal[first:]:
+        # One that begins while another goes on is beside it.
+        if entry["began"] >= over or entry["method"] == "WS":
+            found.append(f"{entry['method']} {entry['path'].rpartition('/')[2][:20]}")
+        over = max(over, entry["ended"] or entry["began"])
+    return found
+
+
+@pytest.mark.parametrize("events", [True, False])
+def test_a_small_step_takes_at_most_seven_round_trips_one_after_the_other(user, cloud, events):
+    cloud.set(events=events, start_delay=0.3)
+    # So that requests that are made together can be told from those that wait for each other.
+    cloud.ask("PUT", "settings", {"latency": 0.05, "bodies": None})
+    small(user)
+    user.run("flow.py", "run").ok()
+    found = round_trips(cloud)
+    print("round trips:", found)
+    assert found[-1].startswith("DELETE")
+    critical = found[:-1]  # the step's end is told before its sandbox is destroyed
+    if not events:
+        # Whoever is not told looks: more than once while it starts.
+        looked = [f for f in critical if f.startswith("GET")]
+        assert len(looked) <= 6
+        critical = [f for f in critical if not f.startswith("GET")] + looked[:1]
+    assert len(critical) <= 7
+
+
+def test_a_step_that_is_silent_for_twenty_minutes_is_not_stopped(user, cloud):
+    cloud.set(open_renews=False, speed=1.0)
+    small(user, body="""import time, os
+            while not os.path.exists("/tmp/go"): time.sleep(0.05)
+            self.x = 2""")  # fmt: skip
+    process = user.start("flow.py", "run")
+    while not any(e["method"] == "WS" for e in cloud.journal()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    (sandbox,) = cloud.living()
+    cloud.advance(minutes=20)
+    time.sleep(0.5)  # for what keeps the time there to see it
+    assert cloud.state()["sandboxes"][sandbox] == "started"
+    cloud.ask("POST", f"write/{sandbox}", {"path": "/tmp/go", "content": ""})
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+
+
+def test_a_sandbox_that_is_left_alone_is_stopped_and_goes_away(cloud):
+    """The control of the one above: the intervals there do what they say."""
+    cloud.set(speed=1.0)
+    request = {"autoDeleteInterval": 0}  # and 15 minutes until it is stopped, by default
+    identity = cloud.call("POST", "sandbox", request)["id"]
+    while cloud.state()["sandboxes"][identity] != "started":
+        time.sleep(0.05)
+    cloud.advance(minutes=20)
+    while cloud.living():
+        time.sleep(0.05)
+
+
+def test_a_failing_step_fails_and_says_why(user, cloud):
+    small(user, body="import sys; print('about to fail'); sys.exit(17)")
+    done = user.run("flow.py", "run")
+    assert done.code != 0
+    assert "about to fail" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_an_evicted_sandbox_fails_the_attempt_and_says_so(user, cloud):
+    small(user, body="import time; print('here', flush=True); time.sleep(600); self.x = 1")
+    process = user.start("flow.py", "run")
+    while not any(e["method"] == "WS" for e in cloud.journal()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    (sandbox,) = cloud.living()
+    cloud.evict(sandbox)
+    output = process.communicate(timeout=120)[0].decode()
+    assert process.returncode != 0
+    assert "is gone" in output
+    assert "evicted" in output
+
+
+def test_no_line_is_lost_or_shown_twice_when_logs_drop(user, cloud):
+    cloud.drop_logs([0, 1011], [300, 1011], [4000, 1006], [9000, 1011])
+    small(user, body="""import time
+            for i in range(40):
+                print("line", i, "x" * 200, flush=True)
+                time.sleep(0.01)
+            self.x = 1""")  # fmt: skip
+    user.run("flow.py", "run").ok()
+    lines = user.client('answer = Flow("Small").latest_run["start"].task.stdout.splitlines()')
+    assert lines == [f"line {i} {'x' * 200}" for i in range(40)]
+
+
+# --- what a user can do wrong
+
+BAD = {
+    "no key": ("@daytona", {}, {"DAYTONA_API_KEY": ""}, "export DAYTONA_API_KEY="),
+    "a wrong key": ("@daytona", {}, {"DAYTONA_API_KEY": "dtn_wrong"}, "refuses the key"),
+    "no network": (
+        "@daytona", {}, {"DAYTONA_API_URL": "http://127.0.0.1:9/api"}, "Check the network",
+    ),
+    "no such snapshot": ("@daytona(snapshot='nope')", {}, {}, "there is no such snapshot"),
+    "a snapshot and a size": ("@daytona(snapshot='nope', cpu=1)", {}, {}, "Leave one out"),
+    "no such image": ("@daytona(image='no/such:1')", {}, {}, "could not make a snapshot"),
+    "an image without a version": ("@daytona(image='python')", {}, {}, "name a version"),
+    "an image without Python": ("@daytona(image='no-python:1')", {}, {}, "needs a python3"),
+    "a setup that fails": ("@daytona(setup=['echo oops; exit 3'])", {}, {}, "oops"),
+    "too large": ("@daytona(cpu=5)", {}, {}, "4 CPUs at most"),
+    "no such region": ("@daytona", {}, {"DAYTONA_TARGET": "moon"}, "is no region"),
+    "a suspended organisation": ("@daytona", {"suspended": True}, {}, "suspended"),
+    "a tier without it": (
+        "@daytona(network=['example.com'])", {"restricted": True}, {}, "can't be had from daytona",
+    ),
+    "a list that is too long": (
+        f"@daytona(network={[f'93.184.216.{i}' for i in range(11)]})", {}, {}, "10 addresses",
+    ),
+    "hosts and addresses": (
+        "@daytona(network=['example.com', '93.184.216.34'])", {}, {}, "not to both",
+    ),
+    "a key that may not": ("@daytona(memory=2048)", {"may": []}, {}, "permission"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_said_before_any_step_runs(user, cloud, name):
+    decorator, settings, environment, said = BAD[name]
+    cloud.set(**settings)
+    small(user, decorator, "print('start has run'); self.x = 1")
+    done = user.run("flow.py", "run", env=environment)
+    assert done.code != 0
+    assert said in done.output
+    assert "Traceback" not in done.output
+    assert "start has run" not in done.output
+
+
+def test_a_quota_that_is_used_up_is_told_from_a_bad_request(user, cloud):
+    cloud.set(total_cpu=0)
+    small(user)
+    done = user.run("flow.py", "run", env={"METAFLOW_SANDBOX_DEBUG": "1"})
+    assert done.code != 0
+    assert "quota at Daytona is used up: Total CPU limit exceeded" in done.output
+
+
+def test_a_tier_that_is_found_out_late_leaves_nothing(user, cloud):
+    cloud.set(restricted=True, sees_organization=False)
+    small(user, "@daytona(network=False)")
+    done = user.run("flow.py", "run")
+    assert done.code != 0
+    assert "your tier does not have it" in done.output
+
+
+def test_a_step_has_what_it_asks_for_in_whole_units_and_setup_is_done_once(user, cloud):
+    small(
+        user, "@daytona(cpu=1.5, memory=1500, setup=['echo prepared > /opt/note'])",
+        "self.x = open('/opt/note').read()",
+    )  # fmt: skip
+    first = user.run("flow.py", "run").ok()
+    assert "cpu=1.5 is 2, memory=1500 MB is 2 GB" in first.output
+    assert "making a snapshot of python:" in first.output
+    builds = cloud.state()["builds"]
+    second = user.run("flow.py", "run").ok()
+    assert "making a snapshot" not in second.output
+    assert cloud.state()["builds"] == builds
+    sizes = user.client('answer = Flow("Small").latest_run["start"].task.metadata_dict')
+    assert sizes["sandbox-limits"].startswith("2 CPUs, 2 GB of memory")
+
+
+def test_a_foreach_meets_a_rate_limit_and_latency_without_an_error(user, cloud):
+    foreach(user, cloud, 8)
+
+
+@pytest.mark.large
+def test_a_foreach_of_a_hundred_meets_a_rate_limit_and_latency_without_an_error(user, cloud):
+    foreach(user, cloud, 100)
+
+
+def foreach(user, cloud, width):
+    cloud.set(create_rate=2, rate_window=1.0)
+    cloud.ask("PUT", "settings", {"latency": 0.05, "bodies": None})
+    user.write("flow.py", FOREACH)
+    settings = {
+        "METAFLOW_SANDBOX_PER_SECOND": "daytona=50",
+        "METAFLOW_SANDBOX_CONCURRENT": "daytona=8",
+    }
+    run = ["run", "--max-workers", "8", "--max-num-splits", "1000", "--width", str(width)]
+    done = user.run("flow.py", *run, env=settings).ok()
+    assert f"SUM {sum(range(width))}" in done.output
+    refused = [e for e in cloud.journal() if e["status"] == 429]
+    assert refused, "the rate limit was never met"
+    created = [e for e in cloud.journal() if (e["method"], e["path"]) == ("POST", "/api/sandbox")]
+    assert len(created) - len(refused) == width
+
+
+FOREACH = """
+    from metaflow import FlowSpec, Parameter, daytona, step
+
+    class Wide(FlowSpec):
+        width = Parameter("width", type=int)
+
+        @step
+        def start(self):
+            self.items = list(range(self.width))
+            self.next(self.work, foreach="items")
+
+        @daytona
+        @step
+        def work(self):
+            self.y = self.input
+            self.next(self.join)
+
+        @step
+        def join(self, inputs):
+            print("SUM", sum(i.y for i in inputs))
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Wide()
+"""
