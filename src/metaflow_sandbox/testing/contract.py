@@ -461,7 +461,9 @@ class BackendContract:
         if not backend.limits().memory:
             return
         script = f"import time; x = bytearray({self.memory * 9 // 4} << 20); time.sleep(2)"
-        async with self.made(backend, small(backend, memory=self.memory, disk=self.disk)) as sandbox:
+        async with self.made(
+            backend, small(backend, memory=self.memory, disk=self.disk)
+        ) as sandbox:
             with contextlib.suppress(SandboxGone):
                 code, _, _ = await self.python(sandbox, script)
                 assert code != 0
@@ -475,7 +477,9 @@ class BackendContract:
             f"  x = b'x' * ({self.memory // 3} << 20); time.sleep(3); os._exit(0)\n"
             "while True:\n try: os.wait()\n except ChildProcessError: break"
         )
-        async with self.made(backend, small(backend, memory=self.memory, disk=self.disk)) as sandbox:
+        async with self.made(
+            backend, small(backend, memory=self.memory, disk=self.disk)
+        ) as sandbox:
             with contextlib.suppress(SandboxGone):
                 await self.python(sandbox, script)
             # The command itself may have ended well; the attempt has not.
