@@ -222,7 +222,7 @@ def ease(limit, killed):
     if sum(found.values()) <= limit:
         return killed
     os.kill(max(found, key=found.get), signal.SIGKILL)
-    with open("/run/vmstat", "w") as file:  # bound over /proc/vmstat
+    with open("/run/vmstat", "w") as file:  # bound over the counter
         file.write(f"oom_kill {killed + 1}\n")
     return killed + 1
 

@@ -143,19 +143,23 @@ class Machine:
         self.ended = False
 
     @classmethod
-    async def start(cls, root, home, *, memory=None, cpus=None, hidden=()):
+    async def start(
+        cls, root, home, *, memory=None, cpus=None, disk=None, hidden=(), counter="/proc/vmstat"
+    ):
         """Starts a machine on a root that `lay_out` or `copy_root` made.
 
         Args:
             memory: MB; the largest process is ended when all together have more.
             cpus: how many of this machine's processors it has.
+            disk: MB that can be written below /tmp, which is empty then; None: what there is.
+            counter: the file in which it tells how often its memory ran out.
             hidden: programs of /usr/bin that it does not have.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
         config = json.dumps({"memory": memory and memory << 20, "cpus": cpus})
-        options = _options(Path(root), memory, hidden)
+        options = _options(Path(root), memory, disk, hidden, counter)
         command = ["bwrap", *options, PYTHON, "-I", "-S", "/run/first.py", str(theirs.fileno())]
         bwrap = subprocess.Popen(
             [*command, config], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -301,7 +305,7 @@ class Machine:
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def _options(root, memory, hidden):
+def _options(root, memory, disk, hidden, counter):
     options = [
         "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-net", "--die-with-parent",
         "--as-pid-1", "--hostname", "machine", "--clearenv", "--cap-drop", "ALL",
@@ -324,9 +328,11 @@ def _options(root, memory, hidden):
                 options += ["--ro-bind", "/dev/null", str(path)]
     options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(_FIRST), "/run/first.py"]
     if memory:
-        counter = root / "run" / "vmstat"
-        counter.write_text("oom_kill 0\n")
-        options += ["--ro-bind", str(counter), "/proc/vmstat"]
+        count = root / "run" / "vmstat"
+        count.write_text("oom_kill 0\n")
+        options += ["--ro-bind", str(count), counter]
+    if disk:
+        options += ["--perms", "1777", "--size", str(disk << 20), "--tmpfs", "/tmp"]
     if os.getuid() == 0:
         options += ["--ro-bind", "/proc/sys", "/proc/sys"]
     return [*options, "--remount-ro", "/dev"]
