@@ -19,10 +19,13 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import anyio
+
 from .errors import SandboxError
 
 _NEW = ".new-"
 _ABANDONED_SECONDS = 3600.0
+_LOCK_SECONDS = 0.2
 
 
 def base() -> Path:
@@ -89,6 +92,15 @@ def _locked(lock: Path) -> bool:
     except OSError:
         return True  # it can't be known, so nothing is removed
     return False
+
+
+async def alone(lock: int) -> None:
+    """Waits until no other process has this file locked. A thread that waits can't be cancelled."""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        await anyio.sleep(_LOCK_SECONDS)
 
 
 def remove_old(directory: Path, seconds: float, pattern: str = "*") -> None:

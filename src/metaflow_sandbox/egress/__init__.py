@@ -13,4 +13,5 @@ What is sent to a listed host is not looked at: whoever can write there can carr
 `messages`   what is asked of the proxy, and what it answers by itself
 `exchange`   one plain HTTP request and its response
 `proxy`      the server
+`variables`  how programs inside find it
 """

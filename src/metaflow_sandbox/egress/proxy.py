@@ -77,7 +77,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def proxy(
-    listener: socket.socket,
+    listener: socket.socket | None,
     rules: Rules,
     *,
     resolve: Resolve = resolve,
@@ -88,15 +88,16 @@ async def proxy(
 
     Args:
         listener: a listening socket, TCP or Unix, which is made non-blocking. It stays the
-            caller's to close, after the context.
+            caller's to close, after the context. None where connections come by `attend`.
         rules: which hosts may be reached.
         resolve, reachable: stand-ins for tests.
     """
-    listener.setblocking(False)
     running = Proxy(rules, resolve, reachable, limits)
     error: Exception | None = None
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(running._serve, listener)
+        if listener is not None:
+            listener.setblocking(False)
+            tasks.start_soon(running._serve, listener)
         try:
             yield running
         except Exception as e:
@@ -129,6 +130,11 @@ class Proxy:
             while True:
                 await self._slots.acquire()
                 tasks.start_soon(self._connection, await accept(listener))
+
+    async def attend(self, connection: socket.socket) -> None:
+        """Answers on a connection, which it closes, that came in another way than by a listener."""
+        await self._slots.acquire()
+        await self._connection(Stream(connection))
 
     async def _connection(self, client: Stream) -> None:
         try:

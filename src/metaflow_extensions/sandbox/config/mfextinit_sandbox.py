@@ -12,6 +12,8 @@ SANDBOX_DECORATORS = ["sandbox", "bubblewrap", "boxlite", "docker", "daytona", "
 
 # The backend of plain `@sandbox`. None: the first of the local backends that works here.
 SANDBOX_BACKEND = from_conf("SANDBOX_BACKEND")
+# The client program of @docker: "podman", or a path. None: docker, else podman.
+SANDBOX_DOCKER = from_conf("SANDBOX_DOCKER")
 # Megabytes of memory for a sandbox whose step doesn't say; 0: no limit.
 SANDBOX_MEMORY = from_conf("SANDBOX_MEMORY", 4096)
 # Megabytes that a sandbox can write where the step doesn't say.

@@ -325,9 +325,19 @@ class BoxliteDecorator(SandboxDecorator):
 
 
 class DockerDecorator(SandboxDecorator):
-    """Runs a step in a container on this machine. Parameters: see `@sandbox`."""
+    """
+    Runs a step in a container of Docker or Podman. Parameters: see `@sandbox`, and two more.
+
+    Parameters
+    ----------
+    runtime : str, optional
+        What the engine runs the container by, such as "runsc" (gVisor) or "kata".
+    root : str, optional
+        "writable": the whole root file system can be written, on the engine's disk.
+    """
 
     name = backend = "docker"
+    defaults = {**SandboxDecorator.defaults, "runtime": None, "root": None}
 
 
 class DaytonaDecorator(SandboxDecorator):

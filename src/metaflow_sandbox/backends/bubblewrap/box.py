@@ -22,45 +22,43 @@ CONFIG is a JSON object:
     proxy       a port on the loopback device, or null: listened at here, since this
                 is the sandbox's network, and answered by the host
 
-Standard library only; it trusts the host and nobody trusts it.
+Standard library only, and `operations.py`, which comes along; it trusts the host and nobody
+trusts it.
 """
 
 from __future__ import annotations
 
 import array
-import contextlib
 import ctypes
-import errno
-import fcntl
 import json
 import os
 import resource
 import select
-import selectors
-import shutil
 import signal
 import socket
-import stat
 import sys
+
+from metaflow_sandbox.backends.operations import (
+    OPERATIONS,
+    PR_CAP_AMBIENT,
+    PR_CAPBSET_DROP,
+    PR_SET_DUMPABLE,
+    children_of,
+    prctl,
+    reap,
+)
 
 TYPE_CHECKING = False  # as type checkers know it, without the milliseconds of importing `typing`
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
-PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 4, 24, 36, 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
-TIOCSCTTY = 0x540E
 CAPABILITY_VERSION_3 = 0x20080522
 MESSAGE = 60_000
 MAX_ALARM = (1 << 31) - 1
 LAST_CAPABILITY = 63
 WATCH_SECONDS = 0.1
 SCRATCH = ("/sandbox", "/tmp", "/dev/shm")
-
-
-def prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
 def drop_privileges(uid: int) -> None:
@@ -78,142 +76,6 @@ def drop_privileges(uid: int) -> None:
     for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
         if int(status[name], 16) != 0:
             raise SystemExit(f"capabilities are left: {name}")
-
-
-def children_of(root: int) -> set[int]:
-    """Process ids below `root`, by /proc."""
-    parents: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as f:
-                    parents[int(name)] = int(f.read().rpartition(b")")[2].split()[1])
-            except OSError:
-                continue
-    found = {root}
-    while True:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        if not more:
-            return found - {root}
-        found |= more
-
-
-def reap(*_: object) -> None:
-    """Every process whose parent has ended is the first process's child."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def end_tree() -> None:
-    """Ends every process below this one. Daemons too: it is their subreaper."""
-    while True:
-        left = children_of(os.getpid())
-        if not left:
-            return
-        for pid in left:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        reap()
-
-
-def run_command(request: dict[str, Any], line: socket.socket, out: int, err: int) -> int:
-    """Runs a command without input to its end, or until the host hangs up."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    return run(request, line, (null, out, err))
-
-
-def run_terminal(request: dict[str, Any], line: socket.socket, terminal: int) -> int:
-    """Runs a command at a terminal of the host's."""
-    return run(request, line, (terminal, terminal, terminal), TIOCSCTTY)
-
-
-def run(
-    request: dict[str, Any],
-    line: socket.socket,
-    streams: tuple[int, int, int],
-    control: int | None = None,
-) -> int:
-    """Runs a command with these descriptors as 0, 1 and 2. Returns its exit code."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    woken, wake = os.pipe()
-    for fd in (woken, wake):
-        os.set_blocking(fd, False)
-    signal.set_wakeup_fd(wake)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    pid = os.fork()
-    if pid == 0:
-        code = 126
-        try:
-            os.setsid()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            for number, fd in enumerate(streams):
-                os.dup2(fd, number)
-            if control is not None:
-                fcntl.ioctl(0, control, 0)
-            for name in os.listdir("/proc/self/fd"):
-                if int(name) > 2:
-                    with contextlib.suppress(OSError):  # the one that listed them
-                        os.close(int(name))
-            os.chdir(request["cwd"])
-            os.execvpe(request["argv"][0], request["argv"], {**os.environ, **request["env"]})
-        except OSError as e:
-            code = 127 if isinstance(e, FileNotFoundError) else 126
-            os.write(2, f"{request['argv'][0]}: {e.strerror}\n".encode())
-        finally:
-            os._exit(code)
-    for fd in set(streams):
-        os.close(fd)
-    selector = selectors.DefaultSelector()
-    selector.register(line, selectors.EVENT_READ)
-    selector.register(woken, selectors.EVENT_READ)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is line:  # the host has hung up
-                end_tree()
-                return 0
-            os.read(woken, 4096)
-        try:
-            while True:
-                ended, status = os.waitpid(-1, os.WNOHANG)
-                if ended == pid:
-                    if os.WIFSIGNALED(status):
-                        return 128 + os.WTERMSIG(status)
-                    return os.WEXITSTATUS(status)
-                if ended == 0:
-                    break
-        except ChildProcessError:
-            return 255
-
-
-def copy(source: int, target: int) -> int:
-    with os.fdopen(source, "rb") as a, os.fdopen(target, "wb") as b:
-        shutil.copyfileobj(a, b, 1 << 20)
-    return 0
-
-
-def read_file(request: dict[str, Any], _line: socket.socket, out: int) -> int:
-    fd = os.open(request["path"], os.O_RDONLY | os.O_NONBLOCK)  # a FIFO would block
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
-        return errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-    return copy(fd, out)
-
-
-def write_file(request: dict[str, Any], _line: socket.socket, source: int) -> int:
-    path = request["path"]
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    return copy(source, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
-
-
-OPERATIONS: dict[str, Callable[..., int]]
-OPERATIONS = {
-    "exec": run_command,
-    "terminal": run_terminal,
-    "read": read_file,
-    "write": write_file,
-}
 
 
 def receive(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:

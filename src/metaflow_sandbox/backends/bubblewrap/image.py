@@ -8,8 +8,6 @@ content's digest.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +25,7 @@ import anyio
 from platformdirs import user_cache_path
 
 from ...errors import SandboxError
-from ...leases import remove_old
+from ...leases import alone, remove_old
 from . import policy
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -38,7 +36,6 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0\ud800-\udfff]*\Z")
 _MAX_JSON = 4 << 20
 _MAX_LAYERS = 500  # four times as many as engines make; each takes options of bubblewrap's
-_LOCK_SECONDS = 0.2
 _ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -279,7 +276,7 @@ async def _prepare(found: Layout, unpack: Unpacker) -> None:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     remove_old(cache, _ABANDONED_SECONDS, ".new-*")  # of processes that were killed
     with open(f"{found.unpacked}.lock", "w") as lock:
-        await _alone(lock.fileno())
+        await alone(lock.fileno())
         if found.unpacked.is_dir():
             return
         new = Path(tempfile.mkdtemp(prefix=".new-", dir=cache))
@@ -293,15 +290,6 @@ async def _prepare(found: Layout, unpack: Unpacker) -> None:
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
-
-
-async def _alone(lock: int) -> None:
-    """Waits until no other process unpacks the image. A thread that waits can't be cancelled."""
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        await anyio.sleep(_LOCK_SECONDS)
 
 
 def _verify(path: Path, digest: str) -> None:

@@ -28,20 +28,10 @@ from . import userns
 if TYPE_CHECKING:
     from ...egress.proxy import Proxy
 
-PROXY_PORT = 3128
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _DEVICE, _RESOLVER = "tap0", "10.0.2.3"  # as slirp4netns has them
 RESOLV = f"nameserver {_RESOLVER}\n".encode()
 _READY_SECONDS = 10.0
-
-
-def proxy_variables() -> dict[str, str]:
-    """What programs inside read to find the proxy."""
-    url = f"http://127.0.0.1:{PROXY_PORT}"
-    names = ("http_proxy", "https_proxy", "all_proxy")
-    direct = "localhost,127.0.0.1,::1"
-    variables = {n: url for name in names for n in (name, name.upper())}
-    return {**variables, "no_proxy": direct, "NO_PROXY": direct}
 
 
 def route_available() -> bool:

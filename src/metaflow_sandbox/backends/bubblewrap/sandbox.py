@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import errno
 import json
 import os
 import resource
@@ -13,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 
-from ...concurrency import plain_errors
 from ...egress.rules import Rules
+from ...egress.variables import PROXY_PORT, proxy_variables
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease
-from ..base import Sandbox, SandboxSpec, Sink, discard
+from ..base import SandboxSpec
+from ..boxed import BoxedSandbox, bundle
 from . import image, kept, limits, network, policy, seccomp, terminal, userns
 from .program import program_tree, started
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _START_SECONDS = 30.0
 _KEEP_SECONDS = 300.0
-_PIECE = 1 << 16
 _DEFAULT_DISK = 2048
 _MESSAGE = 60_000  # bytes of one request to the box
 _BOX = Path(__file__).with_name("box.py")
@@ -70,7 +69,7 @@ def _memfd(name: str, content: bytes) -> int:
     return fd
 
 
-class BubblewrapSandbox(Sandbox):
+class BubblewrapSandbox(BoxedSandbox):
     """One bubblewrap process and the socket to the box in it. Made by `start` alone."""
 
     backend: Bubblewrap
@@ -186,7 +185,7 @@ class BubblewrapSandbox(Sandbox):
                 "/etc/passwd": policy.PASSWD % owner,
                 "/etc/group": policy.GROUP % owner[0],
                 "/etc/hosts": policy.HOSTS,
-                "/run/box.py": _BOX.read_bytes(),
+                "/run/box.py": bundle(_BOX),
             }
             variables = {
                 "HOME": f"{policy.WORK}/home",
@@ -228,7 +227,7 @@ class BubblewrapSandbox(Sandbox):
                 "uid": uid if as_root and not before else None,
                 "memory": (spec.memory or 1 << 40) << 20 if watched else None,
                 "inodes": ((spec.disk or _DEFAULT_DISK) << 20) // _BYTES_PER_INODE,
-                "proxy": network.PROXY_PORT if proxied else None,
+                "proxy": PROXY_PORT if proxied else None,
             }
             command = [
                 self.way.program, "--args", str(args), "--",
@@ -278,7 +277,7 @@ class BubblewrapSandbox(Sandbox):
             self._route = network.Route()
             files["/etc/resolv.conf"] = network.RESOLV
             return False
-        variables.update(network.proxy_variables())
+        variables.update(proxy_variables())
         return True
 
     async def _open_init(self) -> None:
@@ -412,146 +411,25 @@ class BubblewrapSandbox(Sandbox):
 
     # --- operations
 
-    @contextlib.asynccontextmanager
-    async def _operation(self, request: dict[str, Any], *fds: int) -> AsyncIterator[socket.socket]:
-        """Sends a request with its descriptors, which are closed here; gives its line."""
+    def _send(self, request: dict[str, Any], line: socket.socket, fds: Sequence[int]) -> None:
         message = json.dumps(request).encode()
-        if len(message) > _MESSAGE:
+        try:
+            if len(message) > _MESSAGE:
+                raise SandboxError(
+                    f"the arguments of a command are longer than {_MESSAGE} bytes: write them to "
+                    "a file in the sandbox",
+                    code="too_long",
+                    op=request["op"],
+                    retryable=False,
+                )
+            payload = array.array("i", [line.fileno(), *fds]).tobytes()
+            self._control.sendmsg([message], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, payload)])
+        except OSError as e:
+            raise SandboxGone("the sandbox has ended", op=request["op"]) from e
+        finally:
+            line.close()
             for fd in fds:
                 os.close(fd)
-            raise SandboxError(
-                f"the arguments of a command are longer than {_MESSAGE} bytes: write them to a "
-                "file in the sandbox",
-                code="too_long",
-                op=request["op"],
-                retryable=False,
-            )
-        line, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        line.setblocking(False)
-        try:
-            payload = array.array("i", [far.fileno(), *fds]).tobytes()
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, payload)]
-            try:
-                self._control.sendmsg([message], rights)
-            except OSError as e:
-                raise SandboxGone("the sandbox has ended", op=request["op"]) from e
-            finally:
-                far.close()
-                for fd in fds:
-                    os.close(fd)
-            yield line
-        finally:
-            line.close()  # which ends the operation, if it still goes on
-
-    async def _result(self, line: socket.socket, op: str) -> int:
-        await anyio.wait_readable(line)
-        # `recv`, so that descriptors that something inside sends along are dropped.
-        answer = line.recv(16)
-        if not answer.isdigit():
-            raise SandboxGone(self.diagnose() or "the sandbox has ended", op=op)
-        return int(answer) & 0xFF
-
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        cwd: str | None = None,
-        env: Mapping[str, str] | None = None,
-        on_stdout: Sink = discard,
-        on_stderr: Sink = discard,
-        timeout: float | None = None,
-    ) -> int:
-        out, out_inside = os.pipe()
-        err, err_inside = os.pipe()
-        request = {
-            "op": "exec", "argv": list(argv), "cwd": cwd or policy.WORK, "env": dict(env or {}),
-        }  # fmt: skip
-        try:
-            async with self._operation(request, out_inside, err_inside) as line:
-                try:
-                    with anyio.fail_after(timeout):
-                        return await self._attend(line, (out, on_stdout), (err, on_stderr))
-                except TimeoutError:
-                    line.shutdown(socket.SHUT_WR)  # asks for the end of the tree
-                    with anyio.CancelScope(shield=True), anyio.move_on_after(10):
-                        await anyio.wait_readable(line)
-                    raise
-        finally:
-            os.close(out)
-            os.close(err)
-
-    async def _attend(self, line: socket.socket, *streams: tuple[int, Sink]) -> int:
-        """Hands on output until the command has ended and its output is read."""
-        waiting: dict[int, anyio.CancelScope] = {}
-        ended = False
-
-        async def pump(fd: int, sink: Sink) -> None:
-            os.set_blocking(fd, False)
-            while True:
-                try:
-                    data = os.read(fd, _PIECE)
-                except BlockingIOError:
-                    if ended:  # a daemon may hold the pipe open; what was written is read
-                        return
-                    with anyio.CancelScope() as waiting[fd]:
-                        await anyio.wait_readable(fd)
-                    continue
-                if not data:
-                    return
-                await sink(data)
-                # A sink that never waits, and a command that never stops printing,
-                # would keep deadlines and signals from being seen.
-                await anyio.lowlevel.checkpoint()
-
-        with plain_errors():
-            async with anyio.create_task_group() as tasks:
-                for fd, sink in streams:
-                    tasks.start_soon(pump, fd, sink)
-                code = await self._result(line, "exec")
-                ended = True
-                for scope in waiting.values():
-                    scope.cancel()
-        return code
-
-    async def read(self, path: str) -> AsyncIterator[bytes]:
-        out, inside = os.pipe()
-        try:
-            os.set_blocking(out, False)
-            async with self._operation({"op": "read", "path": path}, inside) as line:
-                while True:
-                    await anyio.wait_readable(out)
-                    if not (data := os.read(out, _PIECE)):
-                        break
-                    yield data
-                self._check(await self._result(line, "read"), path)
-        finally:
-            os.close(out)
-
-    async def write(self, path: str, source: AsyncIterator[bytes]) -> None:
-        inside, into = os.pipe()
-        try:
-            os.set_blocking(into, False)
-            async with self._operation({"op": "write", "path": path}, inside) as line:
-                with contextlib.suppress(BrokenPipeError):  # the answer says why
-                    async for data in source:
-                        view = memoryview(data)
-                        while view:
-                            try:
-                                view = view[os.write(into, view) :]
-                            except BlockingIOError:
-                                await anyio.wait_writable(into)
-                os.close(into)
-                into = -1
-                self._check(await self._result(line, "write"), path)
-        finally:
-            if into >= 0:
-                os.close(into)
-
-    @staticmethod
-    def _check(code: int, path: str) -> None:
-        if code:
-            # OSError chooses FileNotFoundError and its kin by the number.
-            raise OSError(code, os.strerror(code) if code in errno.errorcode else "failed", path)
 
     def diagnose(self) -> str | None:
         if self._group is not None and (kills := self._group.kills()):

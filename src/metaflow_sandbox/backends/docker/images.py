@@ -1,0 +1,159 @@
+"""Brings images to the engine, and makes those that `setup` and packages ask for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.from_thread
+from platformdirs import user_cache_path
+
+from ...errors import SandboxError
+from ...leases import alone
+from ..base import Recipe, Say
+from .engine import BadImage, Engine, explain, explain_pull
+
+if TYPE_CHECKING:
+    from . import Docker
+    from .sandbox import DockerSandbox
+
+#: What images of ours are called, with `Recipe.key` as their tag.
+REPOSITORY = "metaflow-sandbox"
+_SAY_SECONDS = 10.0
+_TAIL = 2000
+_SETUP = {"HOME": "/root", "TMPDIR": "/tmp", "DEBIAN_FRONTEND": "noninteractive"}
+
+
+async def get(engine: Engine, name: str, say: Say) -> dict[str, Any]:
+    """What the engine knows of an image, which is pulled if it isn't there.
+
+    Raises:
+        BadImage: it can't be had, with what to do.
+    """
+    found = await engine.image(name)
+    if found is None:
+        await say(f"the image {name} is pulled, once.")
+        await anyio.to_thread.run_sync(_pull, engine, name, say)
+        found = await engine.image(name)
+        if found is None:
+            raise BadImage(f"image={name!r} was pulled and is not there", op="prepare")
+        await say(f"the image {name} is {_digest(found)}.")
+    return found
+
+
+def _digest(image: dict[str, Any]) -> str:
+    digests = image.get("RepoDigests") or []
+    return str(digests[0] if digests else image["Id"])
+
+
+async def _say(say: Say, text: str) -> None:
+    await say(text)
+
+
+def _pull(engine: Engine, name: str, say: Say) -> None:
+    """Pulls an image, in a thread, and says from time to time how far it is."""
+    layers: dict[str, bool] = {}
+    lines: list[str] = []
+    said = time.monotonic()
+    with subprocess.Popen(
+        [engine.program, "pull", "--", name],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None  # noqa: S101 - for type checkers
+        for raw in process.stdout:
+            line = raw.decode(errors="replace").strip()
+            lines = [*lines[-9:], line]
+            layer, _, state = line.partition(": ")
+            if state in ("Pulling fs layer", "Pull complete", "Already exists"):
+                layers[layer] = state != "Pulling fs layer"
+            if time.monotonic() - said > _SAY_SECONDS:
+                said = time.monotonic()
+                there = sum(layers.values())
+                text = f"pulling {name}: {there} of {len(layers)} layers are there."
+                anyio.from_thread.run(_say, say, text)
+    if process.returncode != 0:
+        raise explain_pull(name, lines)
+
+
+async def make(
+    backend: Docker, engine: Engine, name: str, image: dict[str, Any], recipe: Recipe, say: Say
+) -> dict[str, Any]:
+    """The image of a recipe, made of another one if nobody made it before.
+
+    Raises:
+        BadImage: a command of its setup failed, with the end of what it printed.
+    """
+    key = await anyio.to_thread.run_sync(recipe.key, image["Id"])
+    tag = f"{REPOSITORY}:{key}"
+    locks = Path(user_cache_path("metaflow-sandbox")) / "docker"
+    locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(locks / f"{key}.lock", "w") as lock:  # noqa: ASYNC230 - a file of this machine
+        await alone(lock.fileno())
+        if (made := await engine.image(tag)) is not None:
+            return made
+        sandbox = await backend.create_to_commit(image, recipe.options)
+        try:
+            for command in recipe.setup:
+                await say(f"setup: {command}")
+                await _run(sandbox, ["sh", "-c", command], name)
+            if recipe.install:
+                await say("its packages are installed.")
+                for inside, source in recipe.files.items():
+                    await _copy(sandbox, inside, source)
+                await _run(sandbox, list(recipe.install), name)
+                await _run(sandbox, ["rm", "-rf", "--", *recipe.files], name)
+            answer = await engine.call("commit", "--pause=false", sandbox.id, tag)
+            if answer.code != 0:
+                raise explain(answer.said, "prepare")
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sandbox.destroy()
+        made = await engine.image(tag)
+    if made is None:
+        raise SandboxError(f"the image {tag} was made and is not there", op="prepare")
+    return made
+
+
+async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
+    tail = bytearray()
+
+    async def keep(data: bytes) -> None:
+        tail.extend(data)
+        del tail[:-_TAIL]
+
+    code = await sandbox.exec(argv, cwd="/", env=_SETUP, on_stdout=keep, on_stderr=keep)
+    if code != 0:
+        text = tail.decode(errors="replace").strip()
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        raise BadImage(
+            f"image={name!r} can't be prepared: `{' '.join(argv[-1:])}` exits with {code}. It ran "
+            f"as root, with the internet through an HTTP proxy alone.\n{text}",
+            op="prepare",
+            retryable=False,
+        )
+
+
+async def _copy(sandbox: DockerSandbox, inside: str, source: Path) -> None:
+    """Copies a file, or the files of a directory, into a container."""
+    for path in await anyio.to_thread.run_sync(_files, source):
+
+        async def pieces(path: Path = path) -> AsyncIterator[bytes]:
+            async with await anyio.open_file(path, "rb") as file:
+                while piece := await file.read(1 << 20):
+                    yield piece
+
+        target = inside if path == source else f"{inside}/{path.relative_to(source)}"
+        await sandbox.write(target, pieces())
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    return [Path(top, name) for top, _, names in os.walk(source) for name in names]
