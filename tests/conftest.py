@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import engines
 import pytest
 
 THIRD_PARTY = Path(__file__).parent / "third_party"
@@ -183,3 +184,27 @@ def e2b(e2b_service, project):
     while (left := e2b_service.cloud()["sandboxes"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == {}
+
+
+@pytest.fixture(scope="session")
+def dockerd(tmp_path_factory):
+    """A Docker engine that the test processes of this run share."""
+    if os.getuid() != 0:
+        pytest.skip("NOT CHECKED: an ordinary user can't start the Docker engine of these tests")
+    if missing := engines.missing():
+        pytest.fail(f"there is no {', '.join(missing)}: {engines.INSTALL}")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    engine = engines.Dockerd(shared / "dockerd").join()
+    yield engine
+    engine.leave()
+
+
+@pytest.fixture
+def docker(dockerd, monkeypatch):
+    """Has everything in this process talk to that engine; the default image is there."""
+    monkeypatch.setenv("DOCKER_HOST", dockerd.host)
+    monkeypatch.delenv("DOCKER_CONTEXT", raising=False)
+    tag = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+    dockerd.docker("tag", engines.IMAGE, tag)
+    return dockerd

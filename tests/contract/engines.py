@@ -1,0 +1,124 @@
+"""A Docker engine of the tests' own, with images made here: no registry is asked for anything.
+
+    python tests/contract/engines.py DIRECTORY      runs one until it is interrupted
+
+It has its own directories, socket and pidfile and no bridge, so that it disturbs no other one,
+and other tests' engines don't disturb it. Several test processes share one: the first starts
+it, the last ends it.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAMS = ("dockerd", "docker", "mmdebstrap")
+INSTALL = "apt-get install -y docker.io mmdebstrap"
+CACHE = Path("/var/tmp/metaflow-sandbox-tests")
+CACHE_SECONDS = 30 * 86400
+#: As Debian 12 has it: another minor version than most that run these tests.
+IMAGE = "debian-python:3.11"
+START_SECONDS = 120
+
+
+def missing():
+    return [name for name in PROGRAMS if shutil.which(name) is None]
+
+
+@contextlib.contextmanager
+def locked(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def root_file_system():
+    """An archive of a small Debian with Python, dpkg and apt; made once a month."""
+    archive = CACHE / "debian.tar"
+    with locked(CACHE / "lock"):
+        if not archive.exists() or time.time() - archive.stat().st_mtime > CACHE_SECONDS:
+            new = CACHE / "new.tar"
+            subprocess.run(
+                ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3", "bookworm",
+                 str(new)],
+                check=True,
+            )  # fmt: skip
+            new.rename(archive)
+    return archive
+
+
+class Dockerd:
+    """An engine below a directory, shared by the processes that `join` it."""
+
+    def __init__(self, directory, *options):
+        self.directory = directory
+        self.options = options
+        self.socket = directory / "docker.sock"
+        self.host = f"unix://{self.socket}"
+
+    def docker(self, *arguments, check=True, **more):
+        return subprocess.run(
+            ["docker", "--host", self.host, *arguments],
+            check=check, capture_output=True, text=True, **more,
+        )  # fmt: skip
+
+    def join(self):
+        with locked(self.directory / "lock"):
+            users = self._users() + 1
+            if users == 1:
+                self.start()
+                self.docker("import", str(root_file_system()), IMAGE)
+            (self.directory / "users").write_text(str(users))
+        return self
+
+    def leave(self):
+        with locked(self.directory / "lock"):
+            users = self._users() - 1
+            (self.directory / "users").write_text(str(users))
+            if users == 0:
+                self.stop()
+
+    def _users(self):
+        with contextlib.suppress(FileNotFoundError):
+            return int((self.directory / "users").read_text())
+        return 0
+
+    def start(self):
+        log = open(self.directory / "log", "ab")
+        process = subprocess.Popen(
+            ["dockerd", "--data-root", self.directory / "data", "--exec-root",
+             self.directory / "exec", "--pidfile", self.directory / "pid", "--host", self.host,
+             "--bridge=none", "--iptables=false", "--ip6tables=false", *self.options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/",
+        )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while self.docker("info", check=False).returncode != 0:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError((self.directory / "log").read_text()[-3000:])
+            time.sleep(0.2)
+
+    def stop(self, number=signal.SIGTERM):
+        pid = int((self.directory / "pid").read_text())
+        descriptor = os.pidfd_open(pid)
+        signal.pidfd_send_signal(descriptor, number)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        while Path(f"/proc/{pid}").exists():
+            time.sleep(0.1)
+        os.close(descriptor)
+        if number == signal.SIGTERM:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    engine = Dockerd(Path(sys.argv[1]).resolve()).join()
+    print(f"export DOCKER_HOST={engine.host}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pause()
+    engine.leave()
