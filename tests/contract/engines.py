@@ -62,11 +62,11 @@ class Dockerd:
         self.socket = directory / "docker.sock"
         self.host = f"unix://{self.socket}"
 
-    def docker(self, *arguments, check=True, **more):
-        return subprocess.run(
-            ["docker", "--host", self.host, *arguments],
-            check=check, capture_output=True, text=True, **more,
-        )  # fmt: skip
+    def docker(self, *arguments, check=True):
+        argv = ["docker", "--host", self.host, *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 0 or not check, (arguments, done.stdout, done.stderr)
+        return done
 
     def join(self):
         with locked(self.directory / "lock"):
@@ -113,7 +113,14 @@ class Dockerd:
             time.sleep(0.1)
         os.close(descriptor)
         if number == signal.SIGTERM:
+            self._unmount()
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _unmount(self):
+        """What an engine that was killed has left mounted."""
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            if (point := line.split()[4]).startswith(f"{self.directory}/"):
+                subprocess.run(["umount", "--lazy", point])
 
 
 if __name__ == "__main__":

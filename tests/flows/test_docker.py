@@ -1,6 +1,5 @@
 """What `@docker` gives a step: containers, images and their setup, and what goes wrong."""
 
-import contextlib
 import os
 import subprocess
 import tarfile
@@ -241,8 +240,6 @@ def test_an_image_without_python_is_refused(project, docker, tmp_path):
 
 def test_an_image_whose_python_is_none_is_refused(project, docker, small, tmp_path):
     name = "strange:1"
-    with contextlib.suppress(subprocess.CalledProcessError):
-        docker.docker("rm", "--force", "strange")
     docker.docker("run", "--name", "strange", "--network", "none", small, "sh", "-c",
                   "printf '#!/bin/sh\\necho hello\\n' > /usr/bin/python3")  # fmt: skip
     docker.docker("commit", "strange", name)

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from metaflow_sandbox.backends.bubblewrap.seccomp import SUPPORTED, program
+from metaflow_sandbox.backends.seccomp import SUPPORTED, program
 
 ALLOW, KILL = "allow", "kill"
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

@@ -25,6 +25,7 @@ from anyio.from_thread import BlockingPortalProvider
 from ...concurrency import write_all
 from ...errors import BackendUnavailable, SandboxError
 from ...leases import living
+from .. import seccomp
 from ..base import (
     Backend,
     Capabilities,
@@ -36,7 +37,7 @@ from ..base import (
     Say,
     unsaid,
 )
-from . import image, kept, limits, network, policy, seccomp, userns
+from . import image, kept, limits, network, policy, userns
 from .program import alive, bury, candidates, end_orphans, explain
 from .sandbox import BubblewrapSandbox, Way
 

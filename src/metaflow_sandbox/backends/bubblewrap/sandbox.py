@@ -24,9 +24,10 @@ from ...egress.rules import Rules
 from ...egress.variables import PROXY_PORT, proxy_variables
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease
+from .. import seccomp
 from ..base import SandboxSpec
 from ..boxed import BoxedSandbox, bundle
-from . import image, kept, limits, network, policy, seccomp, terminal, userns
+from . import image, kept, limits, network, policy, terminal, userns
 from .program import program_tree, started
 
 if TYPE_CHECKING:

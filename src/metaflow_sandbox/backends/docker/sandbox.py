@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import csv
 import io
@@ -23,6 +24,7 @@ from anyio.from_thread import BlockingPortal
 from ...egress.rules import Rules
 from ...egress.variables import PROXY_PORT, proxy_variables
 from ...errors import SandboxError, SandboxGone
+from .. import seccomp
 from ..base import SandboxSpec
 from ..boxed import BoxedSandbox, bundle
 from .engine import Engine, explain
@@ -200,6 +202,10 @@ class DockerSandbox(BoxedSandbox):
             "variables": {**variables, **(proxy_variables() if proxied else {})},
             "work": self.backend.work,
             "proxy": PROXY_PORT if proxied else None,
+            "filters": {
+                machine: base64.b64encode(seccomp.program(machine)).decode()
+                for machine in seccomp.SUPPORTED
+            },
         }
 
     def _first(self, length: int) -> list[str]:
@@ -230,6 +236,8 @@ class DockerSandbox(BoxedSandbox):
             # The client's configuration may have proxies, with passwords, for every container.
             names = [n for name in _PROXY_VARIABLES for n in (name, name.upper())]
             options += [f"--env={name}=" for name in names]
+            # The engine would tell a container the host's own resolvers.
+            options += ["--dns", "127.0.0.1", "--dns-search", "."]
         if engine.processes:
             options += ["--pids-limit", str(PROCESSES)]
         if spec.memory is not None:

@@ -75,7 +75,7 @@ _X32 = 0x40000000
 
 
 def program(machine: str | None = None) -> bytes:
-    """The filter as an array of `struct sock_filter`, for bubblewrap's `--seccomp`.
+    """The filter as an array of `struct sock_filter`, for bubblewrap's `--seccomp` or prctl.
 
     Raises:
         KeyError: there is no table for this machine's architecture.
