@@ -265,7 +265,7 @@ async def _kill_an_engine(engine):
         except SandboxGone:
             code = None
     assert code is None
-    with anyio.fail_after(30):
+    with anyio.fail_after(150):  # it notices by the missing heartbeat
         while Path(f"/proc/{pid}").exists():
             await anyio.sleep(0.2)
     await anyio.to_thread.run_sync(engine.start)

@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 PROGRAMS = ("dockerd", "docker", "mmdebstrap")
 INSTALL = "apt-get install -y docker.io mmdebstrap"
 CACHE = Path("/var/tmp/metaflow-sandbox-tests")
@@ -121,6 +123,30 @@ class Dockerd:
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             if (point := line.split()[4]).startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "--lazy", point])
+
+
+@contextlib.contextmanager
+def podman(directory):
+    """A program that runs Podman with directories of its own; the default image is there."""
+    found = [shutil.which(name) for name in ("podman", "runc", "mmdebstrap")]
+    if os.getuid() != 0:
+        pytest.skip("NOT CHECKED: rootless Podman")
+    if None in found:
+        pytest.fail("there is no podman, runc or mmdebstrap: apt-get install -y podman runc")
+    places = [
+        f"--{name}={directory / name}" for name in ("root", "runroot", "tmpdir")
+    ]  # fmt: skip
+    program = directory / "podman"
+    # runc, since crun refuses machines that have control groups of both versions.
+    options = " ".join([*places, f"--runtime={found[1]}", "--cgroup-manager=cgroupfs"])
+    program.write_text(f'#!/bin/sh\nexec {found[0]} {options} "$@"\n')
+    program.chmod(0o755)
+    tag = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
+    try:
+        subprocess.run([program, "import", root_file_system(), tag], check=True)
+        yield str(program)
+    finally:
+        subprocess.run([program, "system", "reset", "--force"], stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

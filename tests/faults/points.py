@@ -13,10 +13,10 @@ from pathlib import Path
 
 import anyio
 
-#: {point: (module, class, method, whether it is stopped at after it has run)}
+#: {point: (module, class, method, whether it is stopped at after it has run)}; * is a backend
 POINTS = {
-    "creating": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "_start", True),
-    "created": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "facts", False),
+    "creating": ("backends.*.sandbox", "*Sandbox", "_start", True),
+    "created": ("backends.*.sandbox", "*Sandbox", "facts", False),
     "uploading": ("launch.stage", "Staging", "_inputs", True),
     "starting": ("launch.attempt", "Attempt", "_run_step", False),
     "running": ("launch.attempt", "Attempt", "_frames", False),
@@ -34,7 +34,12 @@ def install():
     real = time.time
     time.time = lambda: real() + jump()
     if point and "supervise" in sys.orig_argv and not Path(REACHED).exists():
-        sys.meta_path.insert(0, Finder(POINTS[point]))
+        module, owner, *rest = POINTS[point]
+        for place in {
+            (module.replace("*", backend), owner.replace("*", backend.title()), *rest)
+            for backend in ("bubblewrap", "docker")
+        }:
+            sys.meta_path.insert(0, Finder(place))
 
 
 def jump():

@@ -3,6 +3,7 @@
 `FAULTS=all` runs the whole matrix; otherwise a part that changes with the commit.
 """
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -25,7 +26,7 @@ SIGNALS = {
     "step": ("SIGKILL",),
 }
 #: How each backend is asked for. A new one is one line.
-BACKENDS = ("bubblewrap", "remote-like")
+BACKENDS = ("bubblewrap", "remote-like", "docker")
 SAMPLE = 10
 PROMISED_SECONDS = 15
 #: Where there is a sandbox to kill, and an agent and a step in it.
@@ -112,7 +113,9 @@ def holders(project, scheduler):
                 found["agent"].append(pid)
             elif b"\0step\0work\0" in command:
                 found["step"].append(pid)
-            elif b"/run/box.py\0" in command and re.search(r"NSpid:.*\s1\n", status):
+            elif b"/run/box.py\0" in command or b'compile(program, "box"' in command:
+                if not re.search(r"NSpid:.*\s1\n", status):
+                    continue
                 found["sandbox"].append(pid)
         elif mark in command and b"launch/client.py\0" in command:
             found["client"].append(pid)
@@ -122,11 +125,15 @@ def holders(project, scheduler):
 
 
 def ours(project, pids, who):
-    """Those in sandboxes of this project: below its supervisor."""
+    """Those in sandboxes of this project: below its supervisor, or with its files bound."""
     if who not in ("sandbox", "agent", "step"):
         return pids
     mark, kept = str(project.temporary.parent).encode(), []
     for pid in pids:
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{pid}/mountinfo").read_bytes():
+                kept.append(pid)
+                continue
         above = pid
         while above > 1:
             try:
@@ -149,8 +156,11 @@ def wait_for(condition, seconds=60):
 
 @pytest.mark.parametrize(("backend", "point", "who", "name"), cases())
 def test_after_a_fault_nothing_is_left_and_the_run_can_be_resumed(
-    faulty, backend, point, who, name
+    request, faulty, backend, point, who, name
 ):
+    if backend == "docker":
+        engine = request.getfixturevalue("docker")
+        faulty.environment["DOCKER_HOST"] = engine.host
     faulty.write("flow.py", FLOW % backend)
     process = faulty.start("flow.py", "run", env={"FAULT_POINT": point})
     reached = faulty.directory / points.REACHED
@@ -172,6 +182,9 @@ def test_after_a_fault_nothing_is_left_and_the_run_can_be_resumed(
 
     # Nothing is left after the promised time.
     faulty.assert_nothing_left(PROMISED_SECONDS)
+
+    if backend == "docker":
+        wait_for(lambda: not engine.docker("ps", "--all", "--quiet").stdout, PROMISED_SECONDS)
 
     # The user's code ran at most once in an attempt.
     effects = re.findall(r"SIDE EFFECT \d+", output)

@@ -15,12 +15,14 @@ of JSON, the configuration; after that both ways carry frames:
     k   ends an operation; a connection    k    a connection broke; the host will end it
         is over when the host says so
     c   credit: a kind, and 4 bytes        c    credit for input
+    h   a heartbeat
                                            x    an operation's end: JSON
 
 A stream carries no more than its credit, which the other end gives as it gets rid of data: so
 nothing piles up anywhere, and a slow reader holds up nobody else. When the connection closes,
-or when its lifetime is over, this process ends, and the kernel ends everything in the
-container.
+when nothing has come from the host for a while, or when its lifetime is over, this process
+ends, and the kernel ends everything in the container. An engine that is killed leaves the
+connection open: that is what the heartbeat is for.
 
 The configuration:
 
@@ -46,6 +48,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from functools import partial
 
 from metaflow_sandbox.backends.operations import OPERATIONS, PR_SET_DUMPABLE, prctl, reap
@@ -60,6 +63,7 @@ NUMBER = struct.Struct("!I")
 WINDOW = 256 << 10  # bytes that a stream may be ahead of who reads it
 PIECE = 32 << 10
 FULL = 1 << 20  # bytes for the host above which nothing more is read
+SILENCE = 60.0  # seconds without a heartbeat after which there is no host any more
 CONNECTIONS = 128
 CONNECTION = 1 << 31  # the first channel of a connection
 MAX_ALARM = (1 << 31) - 1
@@ -144,6 +148,7 @@ class Box:
         self.received = bytearray()
         self.out = bytearray()
         self.next_connection = CONNECTION
+        self.heard = time.monotonic()
 
     def send(self, kind: bytes, number: int = 0, payload: bytes = b"") -> None:
         self.out += HEADER.pack(kind, number, len(payload)) + payload
@@ -157,8 +162,10 @@ class Box:
             poll = select.poll()
             for fd, (events, _) in todo.items():
                 poll.register(fd, events)
-            for fd, _ in poll.poll():
+            for fd, _ in poll.poll(1000 * SILENCE):
                 todo[fd][1]()
+            if time.monotonic() - self.heard > SILENCE:
+                os._exit(1)
 
     def awaited(self) -> dict[int, tuple[int, Callable[[], object]]]:
         """{descriptor: (what may happen to it, what to do then)} of all that is waited for."""
@@ -204,6 +211,7 @@ class Box:
         data = os.read(0, WINDOW)
         if not data:
             os._exit(0)
+        self.heard = time.monotonic()
         self.received += data
         while len(self.received) >= HEADER.size:
             kind, number, length = HEADER.unpack_from(self.received)

@@ -33,6 +33,7 @@ _NUMBER = struct.Struct("!I")
 READY = _HEADER.pack(b"r", 0, 0)
 _WINDOW = 256 << 10  # as in box.py
 _PIECE = 32 << 10
+_BEAT_SECONDS = 10.0
 _CONNECTIONS = 128
 _CONNECTION = 1 << 31
 
@@ -119,6 +120,7 @@ class Link:
 
                     self._proxy = await stack.enter_async_context(proxy(None, self._rules))
                 self._tasks = await stack.enter_async_context(anyio.create_task_group())
+                self._tasks.start_soon(self._beat)
                 with contextlib.suppress(ProtocolError, OSError):
                     await self._receive()
                 await self.hang_up()
@@ -129,6 +131,12 @@ class Link:
             self._finish()
             await self.hang_up()
             os.close(self._out)
+
+    async def _beat(self) -> None:
+        """Lets the container know that this is still here."""
+        while True:
+            await anyio.sleep(_BEAT_SECONDS)
+            await self._send(b"h", 0)
 
     def _finish(self) -> None:
         self._over = True

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 from socket import socket
 from typing import TYPE_CHECKING, Any
 
@@ -232,6 +233,10 @@ class DockerSandbox(BoxedSandbox):
             # It would take the host's proxies along, and read the stream for keys to press.
             options += ["--http-proxy=false", "--detach-keys=", "--image-volume=ignore"]
             options += ["--cgroupns", "private"]
+            # It would raise these to its own defaults, for which not every root has the right.
+            soft, hard = getrlimit(RLIMIT_NOFILE)
+            options += ["--ulimit", f"nofile={soft}:{hard}"]
+            options += ["--ulimit", f"nproc={PROCESSES}:{PROCESSES}"]
         else:
             # The client's configuration may have proxies, with passwords, for every container.
             names = [n for name in _PROXY_VARIABLES for n in (name, name.upper())]
@@ -271,7 +276,9 @@ class DockerSandbox(BoxedSandbox):
         shares.update({volume: size // 8 for volume in volumes if volume not in shares})
         for path, share in shares.items():
             mode = "0755" if path == self.backend.work else "1777"
-            limits = f"size={share},nr_inodes={max(share // _BYTES_PER_INODE, 64)},mode={mode}"
+            limits = f"size={share},mode={mode}"
+            if not self._engine.podman:  # which has no such option; there memory is their limit
+                limits += f",nr_inodes={max(share // _BYTES_PER_INODE, 64)}"
             options += ["--tmpfs", f"{path}:rw,exec,nosuid,nodev,{limits}"]
         return options
 
