@@ -126,7 +126,7 @@ class Docker(Backend):
         image = await images.get(engine, name, say)
         await self._try(name, image, recipe)
         if not recipe.plain:
-            image = await images.make(self, engine, name, image, recipe, say)
+            image = await images.make(self, name, image, recipe, say)
         self._images[image["Id"]] = image
         return Prepared(image["Id"])
 
@@ -183,11 +183,11 @@ class Docker(Backend):
         return await sandbox.start()
 
     async def create_to_commit(
-        self, image: dict[str, Any], options: Mapping[str, str]
+        self, image: dict[str, Any], options: Mapping[str, str], network: bool
     ) -> DockerSandbox:
-        """A sandbox with the internet and a root that can be written, to make an image of."""
+        """A sandbox with a root that can be written, to make an image of."""
         spec = SandboxSpec(
-            labels={"purpose": "setup"}, lifetime=_SETUP_SECONDS, network=True, options=options
+            labels={"purpose": "setup"}, lifetime=_SETUP_SECONDS, network=network, options=options
         )
         return await self._start(spec, image, writable=True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,13 +84,47 @@ def _pull(engine: Engine, name: str, say: Say) -> None:
 
 
 async def make(
-    backend: Docker, engine: Engine, name: str, image: dict[str, Any], recipe: Recipe, say: Say
+    backend: Docker, name: str, image: dict[str, Any], recipe: Recipe, say: Say
 ) -> dict[str, Any]:
     """The image of a recipe, made of another one if nobody made it before.
 
+    What `setup` gives is an image of its own, which other installations begin with.
+
     Raises:
-        BadImage: a command of its setup failed, with the end of what it printed.
+        BadImage: a command failed, with the end of what it printed.
     """
+    if recipe.setup:
+
+        async def set_up(sandbox: DockerSandbox) -> None:
+            for command in recipe.setup:
+                await say(f"setup: {command}")
+                await _run(sandbox, ["sh", "-c", command], name)
+
+        alone = Recipe(recipe.image, recipe.setup, options=recipe.options)
+        image = await _once(backend, image, alone, True, set_up)
+    if recipe.install:
+
+        async def install(sandbox: DockerSandbox) -> None:
+            await say("packages are installed, once.")
+            files = await anyio.to_thread.run_sync(lambda: dict(recipe.files))
+            for inside, source in files.items():
+                await _copy(sandbox, inside, source)
+            await _run(sandbox, list(recipe.install), name)
+            await _run(sandbox, ["rm", "-rf", "--", *files], name)
+
+        image = await _once(backend, image, replace(recipe, setup=()), False, install)
+    return image
+
+
+async def _once(
+    backend: Docker,
+    image: dict[str, Any],
+    recipe: Recipe,
+    network: bool,
+    build: Callable[[DockerSandbox], Awaitable[None]],
+) -> dict[str, Any]:
+    """What an image becomes by `build`, which whoever needs it first has done to a container."""
+    engine = backend.engine
     key = await anyio.to_thread.run_sync(recipe.key, image["Id"])
     tag = f"{REPOSITORY}:{key}"
     locks = Path(user_cache_path("metaflow-sandbox")) / "docker"
@@ -98,17 +133,9 @@ async def make(
         await alone(lock.fileno())
         if (made := await engine.image(tag)) is not None:
             return made
-        sandbox = await backend.create_to_commit(image, recipe.options)
+        sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
-            for command in recipe.setup:
-                await say(f"setup: {command}")
-                await _run(sandbox, ["sh", "-c", command], name)
-            if recipe.install:
-                await say("its packages are installed.")
-                for inside, source in recipe.files.items():
-                    await _copy(sandbox, inside, source)
-                await _run(sandbox, list(recipe.install), name)
-                await _run(sandbox, ["rm", "-rf", "--", *recipe.files], name)
+            await build(sandbox)
             answer = await engine.call("commit", "--pause=false", sandbox.id, tag)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")
@@ -133,8 +160,8 @@ async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
         text = tail.decode(errors="replace").strip()
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         raise BadImage(
-            f"image={name!r} can't be prepared: `{' '.join(argv[-1:])}` exits with {code}. It ran "
-            f"as root, with the internet through an HTTP proxy alone.\n{text}",
+            f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. It ran as "
+            f"root; setup has the internet through an HTTP proxy alone.\n{text}",
             op="prepare",
             retryable=False,
         )
