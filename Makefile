@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-fast test-flows test-matrix test-unprivileged bench bench-start faults soak docs clean
+.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start faults soak docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,11 @@ test-unprivileged:
 
 test-flows: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks tests/faults
+
+# All of the contract on Podman and on an engine that sees other files, and what takes long.
+test-containers: $(VENV)/dev
+	CONTAINERS=all $(BIN)/python -m pytest -q tests/contract/test_docker.py \
+		tests/contract/test_docker_images.py tests/attacks/test_docker.py
 
 # Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev

@@ -1,6 +1,8 @@
 """A Docker engine of the tests' own, with images made here: no registry is asked for anything.
 
-    python tests/contract/engines.py DIRECTORY      runs one until it is interrupted
+    python tests/contract/engines.py DIRECTORY GROUP    runs one until it is interrupted
+
+Users of that group may use its socket. The file DIRECTORY/ready says that they can.
 
 It has its own directories, socket and pidfile and no bridge, so that it disturbs no other one,
 and other tests' engines don't disturb it. Several test processes share one: the first starts
@@ -150,8 +152,9 @@ def podman(directory):
 
 
 if __name__ == "__main__":
-    engine = Dockerd(Path(sys.argv[1]).resolve()).join()
-    print(f"export DOCKER_HOST={engine.host}", flush=True)
+    engine = Dockerd(Path(sys.argv[1]).resolve(), f"--group={sys.argv[2]}").join()
+    engine.directory.chmod(0o755)
+    (engine.directory / "ready").touch()
     with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()
+        signal.sigwait([signal.SIGINT, signal.SIGTERM])
     engine.leave()

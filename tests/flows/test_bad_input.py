@@ -54,7 +54,6 @@ CASES = [
     ("@e2b", 'pip install -U "metaflow-sandbox[e2b]"'),
     ("@daytona", 'pip install -U "metaflow-sandbox[daytona]"'),
     ("@boxlite", 'pip install -U "metaflow-sandbox[boxlite]"'),
-    ("@docker", 'pip install -U "metaflow-sandbox[docker]"'),
 ]
 
 

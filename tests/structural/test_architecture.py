@@ -14,6 +14,8 @@ SOURCE = ROOT / "src"
 TRAVELS = sorted((SOURCE / "metaflow_extensions").rglob("*.py"))
 PROGRAMS = [
     SOURCE / "metaflow_sandbox/agent/agent.py",
+    SOURCE / "metaflow_sandbox/backends/operations.py",
+    SOURCE / "metaflow_sandbox/backends/docker/box.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/box.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/enter.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",
@@ -72,7 +74,9 @@ def test_what_travels_needs_only_the_standard_library_and_metaflow(path):
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: p.name)
 def test_a_program_that_runs_inside_needs_only_the_standard_library(path):
     for module, _ in imports(path):
-        assert module.split(".")[0] in sys.stdlib_module_names, module
+        # `boxed.bundle` puts this one into the programs that import it.
+        together = module == "metaflow_sandbox.backends.operations"
+        assert together or module.split(".")[0] in sys.stdlib_module_names, module
 
 
 def test_metaflow_loads_without_the_hosts_package():
