@@ -38,6 +38,8 @@ Sink = Callable[[bytes], Awaitable[None]]
 #: May be run again after its answer got lost: whoever comes second waits, and finds it done.
 _UNPACK = """
 import fcntl, os, sys, tarfile
+# Environments have links to the interpreter that they are made from.
+how = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}
 lock, path, *words = sys.argv[1:]
 end = words.index("--")
 targets, command = words[:end], words[end + 1:]
@@ -53,9 +55,9 @@ if os.path.exists(path):
                 member.name = name
                 if member.islnk():
                     member.linkname = member.linkname.partition("/")[2]
-                archive.extract(member, target)
+                archive.extract(member, target, **how)
             elif member.isfile():
-                tarfile.open(fileobj=archive.extractfile(member)).extractall(target)
+                tarfile.open(fileobj=archive.extractfile(member)).extractall(target, **how)
     os.unlink(path)
 os.set_inheritable(held, True)
 os.execvp(command[0], command)
@@ -166,12 +168,16 @@ class Recipe:
     Attributes:
         image: as the user named it; None: the backend's own.
         setup: shell commands, run in this order as root.
-        files: {absolute path inside: file or directory on the host}, there for `install` alone.
-        install: a command that runs after `setup`, without need of a network.
+        files: {absolute path inside: directory on the host}, there for `install` alone. They
+            may be fetched when this is first read, which blocks: read it where they are used.
+        install: a command that runs after `setup`, as the sandbox's user, without a network.
+            It runs code of packages' authors: in a sandbox alone.
         prefix: the directory that `install` fills, which sandboxes have at the same path.
         options: as in `SandboxSpec`.
         cpu, memory (MB), disk (MB), gpu: what the sandboxes are to have, for providers that
             decide it by what they are made from. Not part of `key`: give it what counts.
+        contents: stands for `files` in the key, where it is known before they are there.
+        title: what is installed, in words: "python 3.12.1 and 7 packages".
     """
 
     image: str | None = None
@@ -184,6 +190,8 @@ class Recipe:
     memory: int | None = None
     disk: int | None = None
     gpu: int | None = None
+    contents: str = ""
+    title: str = ""
 
     @property
     def plain(self) -> bool:
@@ -195,9 +203,11 @@ class Recipe:
 
         Args:
             more: what else decides: an image's digest, a platform, a size. Blocking, as it
-                reads the files.
+                may read the files.
         """
-        files = {path: _digest(source) for path, source in sorted(self.files.items())}
+        files: object = self.contents
+        if not self.contents:
+            files = {path: _digest(source) for path, source in sorted(self.files.items())}
         parts = (self.image, self.setup, files, self.install, self.prefix, dict(self.options), more)
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:40]
@@ -465,6 +475,8 @@ class Backend(ABC):
     python: str = "python3"
     #: Whether `create` binds `SandboxSpec.mounts`, so that `deliver` has nothing to do.
     binds_mounts: bool = False
+    #: The processor that sandboxes have, as `platform.machine()` names it on Linux.
+    machine: str = "x86_64"
 
     @abstractmethod
     async def create(self, spec: SandboxSpec) -> Sandbox:
@@ -498,14 +510,19 @@ class Backend(ABC):
         """Gets ready what a step's sandboxes are made from, before any task starts.
 
         It is kept, found again by `Recipe.key`, and made once by launchers that want it
-        at the same time: whoever comes later waits.
+        at the same time: whoever comes later waits. Unless a backend knows better, what
+        `install` makes is kept on this machine, as an archive for `deliver`.
 
         Raises:
             SandboxError: it isn't there, or can't be made, with what to do.
         """
-        if not recipe.plain:
+        from . import build
+
+        if recipe.setup:
             raise NotEnforceable(f"{self.name} can't prepare an image", op="prepare")
-        return Prepared(recipe.image)
+        if not recipe.install:
+            return Prepared(recipe.image)
+        return Prepared(recipe.image, await build.archived(self, recipe, say))
 
     def account(self) -> str:
         """Whose quota sandboxes count for, in a form that may be hashed; never a key."""

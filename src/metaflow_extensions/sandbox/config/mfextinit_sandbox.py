@@ -22,6 +22,11 @@ SANDBOX_DISK = from_conf("SANDBOX_DISK", 2048)
 SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 1024)
 # Megabytes of output that one attempt may print; the rest is dropped, and said.
 SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", 16)
+# Megabytes that the environments which were built on this machine may have together.
+SANDBOX_CACHE = from_conf("SANDBOX_CACHE", 20480)
+# What installs conda packages inside of sandboxes: micromamba, or a directory with
+# bin/micromamba, for the processor that they have. Default: the one that Metaflow uses here.
+SANDBOX_MICROMAMBA = from_conf("SANDBOX_MICROMAMBA")
 # What a host may load of what a sandbox wrote: "data" or "all". See docs/security.md.
 SANDBOX_TRUST = from_conf("SANDBOX_TRUST", "data")
 # Sandboxes at once, and creations a second, for backends: "e2b=20,daytona=10". Across

@@ -22,10 +22,11 @@ from pathlib import Path
 import anyio
 from anyio.from_thread import BlockingPortalProvider
 
-from ...concurrency import write_all
-from ...errors import BackendUnavailable, SandboxError
+from ... import cache
+from ...concurrency import blocking, write_all
+from ...errors import BackendUnavailable, NotEnforceable, SandboxError
 from ...leases import living
-from .. import seccomp
+from .. import build, seccomp
 from ..base import (
     Backend,
     Capabilities,
@@ -59,6 +60,7 @@ class Bubblewrap(Backend):
     inbox = "/inbox"
     binds_mounts = True
     python = policy.PYTHON
+    machine = platform.machine()
 
     def __init__(self) -> None:
         #: The thread in which the proxies of this process's sandboxes run.
@@ -120,10 +122,39 @@ class Bubblewrap(Backend):
         living("box", bury)
 
     async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
-        prepared = await super().prepare(recipe, say)
+        if recipe.setup:
+            raise NotEnforceable(
+                "setup=… needs root inside, which bubblewrap's sandboxes don't have. Install with "
+                "@conda(packages=…), which has programs too, give an image that has what the step "
+                "needs (image=…), or choose @docker.",
+                op="prepare",
+            )
         if recipe.image is not None:
             await self._unpack_image(recipe.image, say)
-        return prepared
+        if not recipe.install or not self.binds_mounts:
+            return await super().prepare(recipe, say)
+        return Prepared(recipe.image, await self._build(recipe, say))
+
+    async def _build(self, recipe: Recipe, say: Say) -> dict[str, Path]:
+        """Builds an environment in the cache's own directory, which sandboxes bind."""
+        prefix = recipe.prefix or ""
+        digest = image.identity(recipe.image) if recipe.image else ""
+        key = await blocking(partial(recipe.key, self.name, self.machine, digest))
+
+        async def make(new: Path) -> str:
+            async with build.announced(recipe, say):
+                root = new / cache.ROOT
+                root.mkdir()
+                files = await blocking(lambda: dict(recipe.files))
+                sandbox = await self._create(build.spec(self, recipe, files), {prefix: root})
+                try:
+                    async with cache.watched(root, build.too_large):
+                        await build.install(sandbox, recipe)
+                finally:
+                    await sandbox.destroy()
+            return recipe.title
+
+        return {prefix: (await cache.get(key, make, say)) / cache.ROOT}
 
     async def _unpack_image(self, image_name: str, say: Say) -> None:
 

@@ -247,6 +247,12 @@ def root(name: str) -> policy.ImageRoot:
     return policy.ImageRoot(found.unpacked / "rootfs", found.variables)
 
 
+def identity(name: str) -> str:
+    """What tells an image from others: its digest, or an unpacked one's place."""
+    found = parse(name)
+    return str(found) if isinstance(found, Path) else found.digest
+
+
 #: Runs `unpack.py` in a sandbox: (layers, directory to fill).
 Unpacker = Callable[[list[Path], Path], Awaitable[None]]
 

@@ -163,7 +163,8 @@ class BubblewrapSandbox(BoxedSandbox):
             before = True
             # Not what everybody may read: AppArmor knows /usr/bin/bwrap by that path alone.
             program = [program_tree(self.way.program)]
-            trees = [root.path, *spec.mounts.values(), *(t for t in program if t != Path("/usr"))]
+            trees = [root.path, *spec.mounts.values(), *writable.values()]
+            trees += [t for t in program if t != Path("/usr")]
             moved = {tree: f"{_PLACE}/{i}" for i, tree in enumerate(trees)}
 
         control, inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

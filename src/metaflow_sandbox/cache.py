@@ -1,0 +1,341 @@
+"""Environments that were built once, on this disk: complete, read-only, and bounded.
+
+    KEY/root, or KEY/archive    what was built
+    KEY/record.json             how many entries and bytes it has, to know whether all is there
+    .lock-KEY                   locked by who builds it, and shared by who uses it
+    .new-…, .old-…              being built, being removed
+
+A name says what went in (`Recipe.key`), so whoever finds it may use it. It gets its name
+when it is complete: what was being built by a process that was killed has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+from metaflow import metaflow_config
+from platformdirs import user_cache_path
+
+from .concurrency import plain_errors
+from .errors import SandboxError
+
+ROOT, ARCHIVE = "root", "archive"
+_KEY = re.compile(r"[A-Za-z0-9_-]{8,100}\Z")
+_WAIT_SECONDS = 0.2
+_WATCH_SECONDS = 2.0
+_OPEN = 0o755  # below a directory that is private
+_ABANDONED_SECONDS = 24 * 3600.0
+#: Locks that say that this process uses what they are for; the kernel drops them with it.
+_in_use: dict[Path, int] = {}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One environment in the cache. `used` is in seconds since 1970."""
+
+    key: str
+    bytes: int
+    used: float
+    description: str
+
+
+def directory() -> Path:
+    """Where environments are kept: private, and surely ours.
+
+    Raises:
+        SandboxError: somebody else made it, or it can't be made.
+    """
+    path = Path(user_cache_path("metaflow-sandbox")) / "environments"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as e:
+        raise SandboxError(
+            f"{path} can't be made ({e.strerror}): set XDG_CACHE_HOME to a directory that you can "
+            "write.",
+            op="cache",
+        ) from e
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise SandboxError(
+            f"{path} can be written by somebody else, and what is in it runs in your sandboxes. "
+            "Remove it, or set XDG_CACHE_HOME to another directory.",
+            op="cache",
+        )
+    return path
+
+
+#: Fills a directory, in which it makes `root` or `archive`; returns what it is, in words.
+Build = Callable[[Path], Awaitable[str]]
+#: Tells the user something, in a sentence.
+Say = Callable[[str], Awaitable[None]]
+
+
+def limit() -> int:
+    """Bytes that all environments together may have."""
+    return int(metaflow_config.SANDBOX_CACHE) << 20
+
+
+async def get(key: str, build: Build, say: Say) -> Path:
+    """The directory of an environment, built if it isn't there. It stays while we live.
+
+    Those that were not used for longest go, where all have more than `limit`.
+
+    Raises:
+        SandboxError: it can't be built, or kept.
+    """
+    if not _KEY.match(key):
+        raise ValueError(f"{key!r} is not a key")
+    base = directory()
+    _tidy(base)
+    target, waited = base / key, False
+    while target not in _in_use:
+        fd, alone = _try_lock(base, key)
+        try:
+            whole = fd is not None and await anyio.to_thread.run_sync(_whole, target)
+            if alone and not whole:
+                if target.exists():
+                    await say("its environment lost files since it was built: it is built anew.")
+                    await anyio.to_thread.run_sync(_bury, target)
+                await _build(base, target, build)
+                await anyio.to_thread.run_sync(_bound, base, limit(), {key})
+            elif fd is not None and whole:
+                os.utime(target / "record.json")
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if target.exists():  # for between two locks it is nobody's
+                    _in_use[target], fd = fd, None
+            else:
+                if not waited:
+                    await say("another run builds its environment; this one waits for it.")
+                waited = True
+                await anyio.sleep(_WAIT_SECONDS)
+        finally:
+            if fd is not None:
+                os.close(fd)
+    return target
+
+
+def _tidy(base: Path) -> None:
+    """Removes what was left by processes that were killed."""
+    for pattern in (".new-*", ".old-*"):
+        for path in base.glob(pattern):
+            with contextlib.suppress(OSError):  # another process was quicker
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    _remove(path)
+
+
+def _try_lock(base: Path, key: str) -> tuple[int | None, bool]:
+    """A descriptor that holds a key's lock, and whether nobody else does; None: it is being built.
+
+    A lock's file is removed with what it is for, so it is looked for again once locked.
+    """
+    path = base / f".lock-{key}"
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        alone = _flock(fd, fcntl.LOCK_EX)
+        if not alone and not _flock(fd, fcntl.LOCK_SH):
+            os.close(fd)
+            return None, False
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(fd).st_ino == path.stat().st_ino:
+                return fd, alone
+        os.close(fd)
+
+
+def _flock(fd: int, how: int) -> bool:
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+async def _build(base: Path, target: Path, build: Build) -> None:
+    new = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
+    try:
+        description = await build(new)
+        await anyio.to_thread.run_sync(_seal, new, description)
+        os.rename(new, target)
+    except OSError as e:
+        raise SandboxError(
+            f"an environment can't be kept in {base}: {e.strerror or e}. `metaflow-sandbox cache "
+            "clear` makes room; XDG_CACHE_HOME moves it.",
+            op="prepare",
+            code="cache_failed",
+        ) from e
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(_remove, new)
+
+
+@contextlib.asynccontextmanager
+async def watched(path: Path, too_large: Callable[[], Exception]) -> AsyncIterator[None]:
+    """Ends what goes on inside when a directory that it fills has more than all may have."""
+
+    async def watch() -> None:
+        while True:
+            await anyio.sleep(_WATCH_SECONDS)
+            if (await anyio.to_thread.run_sync(_size, path))["bytes"] > limit():
+                raise too_large()
+
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch)
+            yield
+            tasks.cancel_scope.cancel()
+
+
+def _seal(new: Path, description: str) -> None:
+    """Takes over what a builder wrote, as something that everybody may read and nobody change.
+
+    Its modes and owners are the builder's choice: nothing is followed, opened or run here.
+    """
+    owner = (os.getuid(), os.getgid()) if os.getuid() == 0 else None
+    for path, found in _walk(new):
+        if owner is not None:
+            os.chown(path, *owner, follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            os.chmod(path, _OPEN)
+        elif stat.S_ISREG(found.st_mode):
+            os.chmod(path, _OPEN if found.st_mode & 0o100 else 0o644)
+        elif not stat.S_ISLNK(found.st_mode):
+            path.unlink()  # a pipe or a socket is nothing that a package has
+    new.chmod(_OPEN)
+    record = {"description": description, **_count(new)}
+    (new / "record.json").write_text(json.dumps(record))
+
+
+def _walk(top: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """What is below a directory, each before what is in it, never through a link."""
+    for entry in os.scandir(top):
+        path, found = Path(entry.path), entry.stat(follow_symlinks=False)
+        if stat.S_ISDIR(found.st_mode):
+            os.chmod(path, _OPEN)  # else we might not get in
+            yield path, found
+            yield from _walk(path)
+        else:
+            yield path, found
+
+
+def _count(target: Path) -> dict[str, int]:
+    """How many files there are, and their bytes; of what was built alone."""
+    archive = target / ARCHIVE
+    if archive.is_file():
+        return {"files": 1, "bytes": archive.stat().st_size}
+    return _size(target / ROOT)
+
+
+def _size(top: Path) -> dict[str, int]:
+    files = size = 0
+    for folder, _, names in os.walk(top):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # while it is being built
+                files, size = files + 1, size + os.lstat(f"{folder}/{name}").st_size
+    return {"files": files, "bytes": size}
+
+
+def _whole(target: Path) -> bool:
+    """Whether an environment is there with all that it had, since programs tidy caches up."""
+    record = _record(target)
+    return record is not None and _count(target).items() <= record.items()
+
+
+def _record(target: Path) -> dict[str, object] | None:
+    try:
+        record: dict[str, object] = json.loads((target / "record.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record
+
+
+def _bury(target: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
+    target.rename(old / "it")
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError):
+        for _ in _walk(path):  # directories that can't be entered can't be emptied either
+            pass
+    shutil.rmtree(path, ignore_errors=True)
+
+
+# --- for those who look after it
+
+
+def entries() -> list[Entry]:
+    """What is in the cache, the one that was used last first."""
+    found = []
+    for path in directory().iterdir():
+        if not path.name.startswith(".") and (record := _record(path)) is not None:
+            used = (path / "record.json").stat().st_mtime
+            size = int(str(record.get("bytes", 0)))
+            found.append(Entry(path.name, size, used, str(record.get("description", ""))))
+    return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+
+def clear(keys: set[str] | None = None) -> tuple[list[Entry], list[Entry]]:
+    """Removes environments that no run uses.
+
+    Args:
+        keys: these; None: all.
+
+    Returns:
+        Those that were removed, and those that are in use.
+    """
+    removed: list[Entry] = []
+    kept: list[Entry] = []
+    base = directory()
+    for entry in entries():
+        if keys is None or entry.key in keys:
+            (removed if _evict(base, entry.key) else kept).append(entry)
+    return removed, kept
+
+
+def bound() -> list[Entry]:
+    """Removes those that were not used for longest, until all are within `limit`."""
+    base = directory()
+    _tidy(base)
+    return _bound(base, limit(), set())
+
+
+def _bound(base: Path, most: int, kept: set[str]) -> list[Entry]:
+    removed = []
+    found = entries()
+    total = sum(entry.bytes for entry in found)
+    for entry in reversed(found):
+        if total <= most:
+            break
+        if entry.key not in kept and _evict(base, entry.key):
+            total -= entry.bytes
+            removed.append(entry)
+    return removed
+
+
+def _evict(base: Path, key: str) -> bool:
+    """Removes an environment, unless somebody uses it."""
+    fd, alone = _try_lock(base, key)
+    if fd is None:
+        return False
+    try:
+        if alone:
+            if (base / key).exists():
+                _bury(base / key)
+            (base / f".lock-{key}").unlink()
+        return alone
+    finally:
+        os.close(fd)
