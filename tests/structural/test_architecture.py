@@ -20,6 +20,7 @@ PROGRAMS = [
     SOURCE / "metaflow_sandbox/backends/bubblewrap/enter.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",
     SOURCE / "metaflow_sandbox/backends/daytona/runner.py",
+    SOURCE / "metaflow_sandbox/environments/install.py",
 ]
 HOST = sorted((SOURCE / "metaflow_sandbox").rglob("*.py"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -30,9 +31,11 @@ LAYERS = {
     "errors": set(),
     "concurrency": set(),
     "leases": {"errors"},
+    "cache": {"errors", "concurrency"},
     "agent": {"errors"},
     "egress": set(),
-    "backends": {"errors", "concurrency", "leases", "egress"},
+    "backends": {"errors", "concurrency", "leases", "egress", "cache"},
+    "environments": {"errors", "backends"},
     "admission": {"errors"},
     "launch": {
         "errors",
@@ -40,13 +43,14 @@ LAYERS = {
         "leases",
         "agent",
         "backends",
+        "environments",
         "admission",
         "egress",
         "manage",
     },
     "testing": {"errors", "backends"},
     "manage": {"errors", "leases", "backends"},
-    "cli": {"errors", "backends", "manage"},
+    "cli": {"errors", "backends", "manage", "cache"},
 }
 
 

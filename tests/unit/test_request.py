@@ -337,7 +337,6 @@ ASKED = {
     "image": {"image": "python"},
     "setup": {"setup": ["true"]},
     "keep": {"keep": "on-failure"},
-    "cache": {"cache": False},
     "executable": {"executable": "python3"},
     "network": {"network": ["a.b"]},
 }

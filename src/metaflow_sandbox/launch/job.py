@@ -22,15 +22,21 @@ def _prepared(workspace: Path, step: str) -> Path:
     return workspace / f"prepared-{step}.json"
 
 
-def save_prepared(workspace: Path, step: str, prepared: Prepared) -> None:
-    """Leaves what a step's sandboxes are made from to the run's supervisor."""
+def save_prepared(workspace: Path, step: str, prepared: Prepared, python: str | None) -> None:
+    """Leaves what a step's sandboxes are made from to the run's supervisor.
+
+    Args:
+        python: the interpreter of the step's own environment.
+    """
     mounts = {inside: str(path) for inside, path in prepared.mounts.items()}
-    _prepared(workspace, step).write_text(json.dumps({"image": prepared.image, "mounts": mounts}))
+    saved = {"image": prepared.image, "mounts": mounts, "python": python}
+    _prepared(workspace, step).write_text(json.dumps(saved))
 
 
-def _load_prepared(workspace: Path, step: str) -> Prepared:
+def _load_prepared(workspace: Path, step: str) -> tuple[Prepared, str | None]:
     saved = json.loads(_prepared(workspace, step).read_text())
-    return Prepared(saved["image"], {k: Path(v) for k, v in saved["mounts"].items()})
+    mounts = {k: Path(v) for k, v in saved["mounts"].items()}
+    return Prepared(saved["image"], mounts), saved["python"]
 
 
 def _scrubbed(options: dict[str, Any]) -> dict[str, Any]:
@@ -54,6 +60,7 @@ class Job:
         top_options: Metaflow's options before `step`, as they are on the host.
         environment: variables of the step from @environment and `env=`; secret.
         prepared: what its sandbox is made from.
+        python: the interpreter of the step's own environment, if it has one.
     """
 
     flow: str
@@ -75,6 +82,7 @@ class Job:
     backend: str
     workspace: Path
     prepared: Prepared
+    python: str | None
 
     @property
     def pathspec(self) -> str:
@@ -98,6 +106,7 @@ class Job:
             if deco.name == "environment":
                 environment.update({k: str(v) for k, v in deco.attributes["vars"].items()})
         environment.update(requests[0].variables())
+        prepared, python = _load_prepared(Path(options["workspace"]), step)
         return cls(
             flow=ctx.obj.flow.name,
             run=options["run_id"],
@@ -121,7 +130,8 @@ class Job:
             request=requests[0],
             backend=options["backend"],
             workspace=Path(options["workspace"]),
-            prepared=_load_prepared(Path(options["workspace"]), step),
+            prepared=prepared,
+            python=python,
         )
 
     def argv(self, python: str, datastore_root: str, input_paths: str) -> list[str]:
@@ -150,4 +160,6 @@ class Job:
             given = {k: v for k, v in mapping.items() if v not in (None, ())}
             return shlex.split(" ".join(util.dict_to_cli_options(given)))
 
-        return [python, "-u", self.script, *words(top), "step", self.step, *words(options)]
+        # As Metaflow does: packages of a user's home are not the environment's.
+        own = ["-s"] if self.python else []
+        return [python, *own, "-u", self.script, *words(top), "step", self.step, *words(options)]

@@ -257,7 +257,6 @@ class Request:
             "image": (self.image, limits.image),
             "setup": (self.setup, limits.setup),
             "keep": (self.keep, limits.keep),
-            "cache": (self.cache is not None, limits.setup),
             "executable": (self.executable, limits.image),
         }
         for name, (value, can) in asked.items():

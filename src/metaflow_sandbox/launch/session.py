@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import anyio
+import anyio.from_thread
 
+from .. import environments
 from ..backends import registry
-from ..backends.base import Backend, Preflight, Recipe
+from ..backends.base import Backend, Preflight, Prepared, Recipe, Say
 from ..errors import BackendUnavailable
 from ..leases import Lease, living
 from . import client
@@ -45,8 +49,13 @@ class Session:
         self._preflights: dict[str, Preflight] = {}
         self._said: set[str] = set()
 
-    def admit(self, step: str, request: Request, logger: Callable[..., None]) -> None:
-        """Chooses a step's backend and makes sure that it works here.
+    def admit(
+        self, step: str, request: Request, environment: Any, logger: Callable[..., None]
+    ) -> None:
+        """Chooses a step's backend, makes sure that it works here, and gets ready what it needs.
+
+        Args:
+            environment: Metaflow's, with the step's @conda and @pypi.
 
         Raises:
             BackendUnavailable: it doesn't, with the commands that mend it.
@@ -58,22 +67,13 @@ class Session:
         backend, preflight = self._choose(request)
         request, notes = request.check(backend)
         quota_of(backend)
-        recipe = Recipe(
-            request.image,
-            request.setup,
-            options=request.options,
-            cpu=request.cpu,
-            memory=request.memory,
-            disk=request.disk,
-            gpu=request.gpu,
-        )
 
         def log(line: str) -> None:
             logger(f"[sandbox] {line}", system_msg=True)
 
         with shown(step, log) as say:
-            prepared = anyio.run(backend.prepare, recipe, say)
-        save_prepared(self.workspace.path, step, prepared)
+            prepared, python = anyio.run(self._prepare, step, request, environment, backend, say)
+        save_prepared(self.workspace.path, step, prepared, python)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
         lines += [f"{backend.name}: {note}" for note in preflight.notes]
@@ -82,6 +82,36 @@ class Session:
             if line not in self._said:
                 self._said.add(line)
                 log(line)
+
+    async def _prepare(
+        self, step: str, request: Request, environment: Any, backend: Backend, say: Say
+    ) -> tuple[Prepared, str | None]:
+        """What the step's sandboxes are made from, and its Python where that is its own."""
+
+        def tell(line: str) -> None:
+            async def told() -> None:
+                await say(line)
+
+            anyio.from_thread.run(told)
+
+        workspace = self.workspace.path
+        found = await anyio.to_thread.run_sync(
+            environments.resolve, environment, step, backend.machine, workspace, tell
+        )
+        recipe = Recipe()
+        if found is not None:
+            recipe = found.recipe(backend, workspace, cached=request.cache is not False)
+        recipe = replace(
+            recipe,
+            image=request.image,
+            setup=request.setup,
+            options=request.options,
+            cpu=request.cpu,
+            memory=request.memory,
+            disk=request.disk,
+            gpu=request.gpu,
+        )
+        return await backend.prepare(recipe, say), found.python(backend) if found else None
 
     def _choose(self, request: Request) -> tuple[Backend, Preflight]:
         if request.backend:

@@ -192,7 +192,8 @@ class Staging:
         self.inside = f"{backend.inbox}/attempt"
         self.code_inside = f"{backend.inbox}/code"
         self.work = backend.work
-        self.python = job.request.executable or backend.interpreter(job.prepared.image)
+        chosen = job.python or job.request.executable
+        self.python = chosen or backend.interpreter(job.prepared.image)
         os.chmod(directory, 0o755)
 
     def fill(self, parents: list[Parent], flow_datastore: Any, output_bytes: int) -> None:

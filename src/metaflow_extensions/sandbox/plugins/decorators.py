@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _DEPLOYERS = {"argo-workflows", "step-functions", "airflow"}
 
 
+_ENVIRONMENTS = {"local", "conda", "pypi"}
+
+
 class SandboxException(MetaflowException):
     headline = "Sandbox"
 
@@ -87,8 +90,10 @@ class SandboxDecorator(StepDecorator):
         "keep": None,
         "executable": None,
     }
-    # For @conda, which asks compute decorators; environments are not supported yet.
-    supports_conda_environment = False
+    # For @conda, which asks compute decorators: that its environment is made elsewhere, and
+    # for which platform.
+    supports_conda_environment = True
+    target_platform = "linux-64"
 
     # What all sandboxed steps of a run share in the scheduler's process: a
     # `metaflow_sandbox.launch.session.Session`. Metaflow gives its hooks no other place.
@@ -126,6 +131,7 @@ class SandboxDecorator(StepDecorator):
         self.flow_datastore = flow_datastore
         self.logger = logger
         _print_harmlessly(type(flow))
+        self.environment = environment
         # There is nothing to check inside a sandbox, where Metaflow starts commands of
         # its own too (it renders cards), nor on the host for the sake of another task.
         if inside_sandbox() or not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
@@ -146,6 +152,10 @@ class SandboxDecorator(StepDecorator):
                 self.request.check()
         except SandboxError as e:
             raise SandboxException(f"@{self.name} on step *{step}*: {e}") from None
+        if self.system_ctx.is_launch:
+            from metaflow_sandbox import environments
+
+            environments.take_over(environment, step)
 
     def _refuse_deployers(self) -> None:
         from metaflow._vendor import click
@@ -188,11 +198,11 @@ class SandboxDecorator(StepDecorator):
                 f"Step *{self.step}* takes part in a `num_parallel` split, whose tasks talk to "
                 f"each other: sandboxes can't. Use foreach, or take @{self.name} off."
             )
-        if environment.TYPE != "local":
+        if environment.TYPE not in _ENVIRONMENTS:
             raise SandboxException(
-                f"--environment={environment.TYPE} is not supported for sandboxed steps yet: step "
-                f"*{self.step}* would not get its packages. Install them where you start the flow, "
-                "and run without --environment."
+                f"--environment={environment.TYPE} is not supported for sandboxed steps: step "
+                f"*{self.step}* would not get its packages. Use --environment=pypi or conda, or "
+                "image=…."
             )
 
     def runtime_init(self, flow: Any, graph: Any, package: Any, run_id: str) -> None:
@@ -208,7 +218,7 @@ class SandboxDecorator(StepDecorator):
         if SandboxDecorator._session is None:
             SandboxDecorator._session = Session(_with_specs(flow))
         try:
-            SandboxDecorator._session.admit(self.step, self.request, self.logger)
+            SandboxDecorator._session.admit(self.step, self.request, self.environment, self.logger)
         except SandboxError as e:
             SandboxDecorator._end_session()
             raise SandboxException(f"@{self.name} on step *{self.step}*: {e}") from None

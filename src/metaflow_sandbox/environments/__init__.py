@@ -1,0 +1,192 @@
+"""Environments of steps: resolved and downloaded on the host, installed in a sandbox.
+
+Metaflow would make them on the host before the run, and would run packages' code there:
+its solvers are used as far as they only read, and nothing is installed by them. What is
+resolved is a lock (addresses and hashes), which alone says whether an environment was
+built before; packages are downloaded where it was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backends.base import Backend, Recipe
+from ..errors import SandboxError
+
+INSTALL = Path(__file__).with_name("install.py")
+#: Of the processors that `platform.machine()` names, the platforms that conda names.
+PLATFORMS = {"x86_64": "linux-64", "aarch64": "linux-aarch64"}
+
+
+class DependencyError(SandboxError):
+    """The packages that a step asks for can't be had."""
+
+    code = "dependencies"
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file to install, as a lock names it."""
+
+    url: str
+    sha256: str
+
+
+class Environment(ABC):
+    """A step's environment, resolved.
+
+    Attributes:
+        platform: as conda names it.
+        title: what is in it, in words.
+        packages: what is downloaded; in the order of the lock.
+    """
+
+    platform: str
+    title: str
+    packages: tuple[Package, ...]
+
+    @abstractmethod
+    def download(self, target: Path) -> Mapping[str, Path]:
+        """Lays out what `install.py` needs. Blocking.
+
+        Args:
+            target: an empty directory, to be filled.
+
+        Returns:
+            {name of what else is needed beside it: directory on the host}.
+
+        Raises:
+            DependencyError: it can't be had, or isn't what the lock says.
+        """
+
+    @property
+    def digest(self) -> str:
+        """Another for other packages, another platform, or another way to install them."""
+        lock = [[p.url, p.sha256] for p in self.packages]
+        install = hashlib.sha256(INSTALL.read_bytes()).hexdigest()
+        text = json.dumps([type(self).__name__, self.platform, lock, install])
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def prefix(self, backend: Backend) -> str:
+        """Where sandboxes have it: conda's own programs may have 255 bytes of it in them."""
+        return f"{backend.inbox}/environments/{self.digest[:16]}"
+
+    def python(self, backend: Backend) -> str:
+        """The interpreter that runs the step."""
+        return f"{self.prefix(backend)}/bin/python"
+
+    def recipe(self, backend: Backend, workspace: Path, cached: bool = True) -> Recipe:
+        """How it is built.
+
+        Args:
+            workspace: the run's directory, where its packages are put until it is.
+            cached: whether one that was built before will do.
+        """
+        build = f"{backend.work}/build"
+
+        def files() -> dict[str, Path]:
+            target = workspace / f"packages-{self.digest}"
+            target.mkdir(mode=0o755)
+            beside = self.download(target)
+            (target / INSTALL.name).write_bytes(INSTALL.read_bytes())
+            readable(target)
+            return {build: target, **{f"{backend.work}/{n}": p for n, p in beside.items()}}
+
+        contents = self.digest if cached else f"{self.digest} {workspace.name}"
+        install = (backend.python, "-I", "-S", f"{build}/{INSTALL.name}")
+        return Recipe(
+            files=Fetched(files),
+            install=(*install, self.prefix(backend), build),
+            prefix=self.prefix(backend),
+            contents=contents,
+            title=self.title,
+        )
+
+
+class Fetched(Mapping[str, Path]):
+    """Files that are fetched when somebody first asks for them."""
+
+    def __init__(self, fetch: Callable[[], dict[str, Path]]) -> None:
+        self._fetch = fetch
+        self._files: dict[str, Path] | None = None
+
+    @property
+    def _all(self) -> dict[str, Path]:
+        if self._files is None:
+            self._files = self._fetch()
+        return self._files
+
+    def __getitem__(self, key: str) -> Path:
+        return self._all[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+
+def readable(top: Path) -> None:
+    """Lets the builder's user read what we downloaded, which is private to us by umask."""
+    for path in (top, *top.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+
+
+def resolve(
+    environment: Any, step: str, machine: str, workspace: Path, say: Callable[[str], None]
+) -> Environment | None:
+    """What a step's decorators and `--environment` ask for; None if that is nothing. Blocking.
+
+    Args:
+        environment: Metaflow's.
+        machine: the sandbox's processor, as in `Backend.machine`.
+        workspace: the run's directory.
+        say: tells the user.
+
+    Raises:
+        DependencyError: it can't be resolved, with the solver's reasons.
+    """
+    if environment.TYPE in ("conda", "pypi"):
+        from .conda import resolve_conda
+
+        return resolve_conda(environment, step, machine, workspace, say)
+    return None
+
+
+#: What `take_over` can deal with.
+SUPPORTED = ("local", "conda", "pypi")
+
+
+def take_over(environment: Any, step: str) -> None:
+    """Keeps Metaflow from making a step's environment on this machine.
+
+    Metaflow makes the environments of all steps when it begins to package the code,
+    whatever their decorators are, and later runs tasks with their interpreters.
+    """
+    if environment.TYPE not in ("conda", "pypi"):
+        return
+    taken: set[str] | None = getattr(environment, "_sandboxed_steps", None)
+    if taken is None:
+        taken = environment._sandboxed_steps = set()
+        original = environment.init_environment
+
+        def init_environment(echo: Any, only_steps: Any = None) -> None:
+            for node in environment.flow:
+                for deco in node.decorators if node.name in taken else ():
+                    if deco.name == "conda":
+                        # It would look for the environment here, and run our client with it.
+                        deco.disabled = True
+            wanted = [s.name for s in environment.flow if s.name not in taken]
+            wanted = [name for name in wanted if not only_steps or name in only_steps]
+            if wanted:  # to Metaflow, none means all
+                original(echo, only_steps=wanted)
+
+        environment.init_environment = init_environment
+    taken.add(step)

@@ -1,0 +1,78 @@
+"""Installs an environment: `install.py PREFIX BUILD`, inside the sandbox that builds it.
+
+BUILD has what the host downloaded:
+
+    conda/SUBDIR/*     conda packages, which `micromamba` installs, and its programs
+    wheels/*           Python packages, which pip of the environment installs
+    uv/                pyproject.toml and uv.lock; uv.cache/ with the packages, for `uv`
+
+Standard library only, Python 3.8 and later. It runs the code of packages' authors.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+
+def run(argv: list[str], environment: dict[str, str]) -> None:
+    """Runs a program, and ends this one if it fails."""
+    code = subprocess.call(argv, env=environment, stdin=subprocess.DEVNULL)
+    if code != 0:
+        print(f"{os.path.basename(argv[0])} failed", file=sys.stderr)
+        raise SystemExit(code if code > 0 else 1)
+
+
+def conda(prefix: str, build: str, environment: dict[str, str]) -> None:
+    packages = sorted(glob.glob(f"{build}/conda/*/*"))
+    listed = os.path.join(environment["TMPDIR"], "explicit")
+    with open(listed, "w") as file:
+        file.write("\n".join(["@EXPLICIT", *packages]) + "\n")
+    # As Metaflow's own bootstrap has it.
+    options = [
+        "--yes", "--offline", "--no-deps", "--safety-checks=disabled",
+        "--no-extra-safety-checks", "--no-rc", "--no-pyc", "--always-copy",
+    ]  # fmt: skip
+    program = f"{os.path.dirname(build)}/micromamba/bin/micromamba"
+    run([program, "create", *options, "--prefix", prefix, "--file", listed], environment)
+
+
+def pip(prefix: str, build: str, environment: dict[str, str]) -> None:
+    wheels = sorted(glob.glob(f"{build}/wheels/*.whl"))
+    if wheels:
+        options = [
+            "--no-index", "--no-deps", "--no-cache-dir", "--no-compile", "--no-input", "--quiet",
+            "--disable-pip-version-check", "--no-warn-script-location",
+        ]  # fmt: skip
+        run([f"{prefix}/bin/python", "-m", "pip", "install", *options, *wheels], environment)
+
+
+def main(prefix: str, build: str) -> None:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("WORK")) as place:
+        environment = {
+            **os.environ,
+            "HOME": place,
+            "TMPDIR": place,
+            "MAMBA_ROOT_PREFIX": f"{place}/mamba",
+            "CONDA_PKGS_DIRS": f"{place}/pkgs",
+            "MAMBA_NO_BANNER": "1",
+            "MAMBA_NO_PROGRESS_BARS": "1",
+            "PYTHONNOUSERSITE": "1",
+        }
+        os.makedirs(prefix, exist_ok=True)
+        conda(prefix, build, environment)
+        pip(prefix, build, environment)
+        # Nobody can write here later, so this is the time to compile. What doesn't compile
+        # (templates, other Pythons' files) is not our concern.
+        compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]
+        for library in glob.glob(f"{prefix}/lib/python3*"):
+            subprocess.call([*compiler, library], env=environment, stdout=subprocess.DEVNULL)
+        for cached in glob.glob(f"{prefix}/pkgs"):
+            shutil.rmtree(cached)
+
+
+main(*sys.argv[1:])
