@@ -34,6 +34,7 @@ class Project:
     """A user's directory with flows in it, a home and a temporary directory of its own."""
 
     def __init__(self, root):
+        self.seconds = FLOW_SECONDS
         self.directory = root / "project"
         self.temporary = root / "tmp"
         for path in (self.directory, self.temporary, root / "home"):
@@ -73,7 +74,7 @@ class Project:
         """Runs a flow to its end."""
         process = self.start(name, *arguments, env=env)
         try:
-            output, _ = process.communicate(timeout=FLOW_SECONDS)
+            output, _ = process.communicate(timeout=self.seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()

@@ -19,9 +19,11 @@ _LEFT_OUT = {
     "test", "tests", "site-packages", "__pycache__", "idlelib", "tkinter", "ensurepip",
     "turtledemo", "lib2to3", "dist-packages",
 }  # fmt: skip
-#: What pip would read out of wheels, in the words of conda.
+#: What pip reads out of these wheels, in the words of conda.
 _DEPENDS = {
     "requests": ["urllib3", "idna", "certifi", "charset-normalizer"],
+    "pandas": ["numpy", "python-dateutil", "pytz", "tzdata"],
+    "python-dateutil": ["six"],
 }
 
 
@@ -55,19 +57,19 @@ class Package:
         }  # fmt: skip
         if noarch:
             self.index["noarch"] = noarch
-        self.entries = []  # (path, content or link's target, mode)
+        self.entries = []  # (path, content or link's target, mode, seconds since 1970)
 
-    def file(self, path, content, mode=0o644):
-        self.entries.append((path, content, mode))
+    def file(self, path, content, mode=0o644, time=1700000000):
+        self.entries.append((path, content, mode, time))
 
     def link(self, path, target):
-        self.entries.append((path, Path(target), 0o777))
+        self.entries.append((path, Path(target), 0o777, 1700000000))
 
     def write(self, channel, **more):
         """Writes it into a channel; `more` are other files of its `info`."""
-        contents = {path: c for path, c, _ in self.entries if isinstance(c, bytes)}
+        contents = {path: c for path, c, _, _ in self.entries if isinstance(c, bytes)}
         paths = []
-        for path, content, _ in self.entries:
+        for path, content, _, _ in self.entries:
             kind = "hardlink"
             if isinstance(content, Path):
                 kind = "softlink"
@@ -77,7 +79,7 @@ class Package:
             paths.append({**item, "size_in_bytes": len(content)})
         info = {
             "index.json": json.dumps(self.index),
-            "files": "".join(f"{path}\n" for path, _, _ in self.entries),
+            "files": "".join(f"{path}\n" for path, _, _, _ in self.entries),
             "paths.json": json.dumps({"paths": paths, "paths_version": 1}),
             **{name.replace("_json", ".json"): json.dumps(value) for name, value in more.items()},
         }
@@ -86,15 +88,15 @@ class Package:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(target, "w:bz2", compresslevel=1) as archive:
             for path, text in info.items():
-                _add(archive, f"info/{path}", text.encode(), 0o644)
-            for path, content, mode in self.entries:
-                _add(archive, path, content, mode)
+                _add(archive, f"info/{path}", text.encode())
+            for entry in self.entries:
+                _add(archive, *entry)
         return target
 
 
-def _add(archive, path, content, mode):
+def _add(archive, path, content, mode=0o644, time=1700000000):
     member = tarfile.TarInfo(path)
-    member.mode, member.mtime = mode, 1700000000
+    member.mode, member.mtime = mode, int(time)
     if isinstance(content, Path):
         member.type, member.linkname = tarfile.SYMTYPE, str(content)
         archive.addfile(member)
@@ -138,13 +140,15 @@ def python_package(channel, executable=sys.executable):
         )
         for name in sorted(names):
             path = Path(folder, name)
-            if (
-                not path.is_symlink()
-                and not name.endswith((".a", ".pyc"))
-                and name != "sitecustomize.py"
-            ):
-                inside = f"lib/python{short}/{path.relative_to(stdlib)}"
-                package.file(inside, path.read_bytes(), path.stat().st_mode & 0o777)
+            if path.is_symlink() or name.endswith(".a") or name == "sitecustomize.py":
+                continue
+            inside, found = f"lib/python{short}/{path.relative_to(stdlib)}", path.stat()
+            package.file(inside, path.read_bytes(), found.st_mode & 0o777, found.st_mtime)
+            # As conda's own Python has them: compiled, for sources of this age.
+            cached = f"__pycache__/{path.stem}.cpython-{short.replace('.', '')}.pyc"
+            if name.endswith(".py") and (path.parent / cached).exists():
+                content = (path.parent / cached).read_bytes()
+                package.file(f"{os.path.dirname(inside)}/{cached}", content)
     package.file(f"lib/python{short}/site-packages/README.txt", b"for packages\n")
     package.write(channel)
     return version

@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 
 
 def run(argv: list[str], environment: dict[str, str]) -> None:
@@ -32,10 +31,10 @@ def conda(prefix: str, build: str, environment: dict[str, str]) -> None:
     listed = os.path.join(environment["TMPDIR"], "explicit")
     with open(listed, "w") as file:
         file.write("\n".join(["@EXPLICIT", *packages]) + "\n")
-    # As Metaflow's own bootstrap has it.
+    # As Metaflow's own bootstrap has it, but with links in the place of copies.
     options = [
         "--yes", "--offline", "--no-deps", "--safety-checks=disabled",
-        "--no-extra-safety-checks", "--no-rc", "--no-pyc", "--always-copy",
+        "--no-extra-safety-checks", "--no-rc", "--no-pyc",
     ]  # fmt: skip
     program = f"{os.path.dirname(build)}/micromamba/bin/micromamba"
     run([program, "create", *options, "--prefix", prefix, "--file", listed], environment)
@@ -52,27 +51,27 @@ def pip(prefix: str, build: str, environment: dict[str, str]) -> None:
 
 
 def main(prefix: str, build: str) -> None:
-    with tempfile.TemporaryDirectory(dir=os.environ.get("WORK")) as place:
-        environment = {
-            **os.environ,
-            "HOME": place,
-            "TMPDIR": place,
-            "MAMBA_ROOT_PREFIX": f"{place}/mamba",
-            "CONDA_PKGS_DIRS": f"{place}/pkgs",
-            "MAMBA_NO_BANNER": "1",
-            "MAMBA_NO_PROGRESS_BARS": "1",
-            "PYTHONNOUSERSITE": "1",
-        }
-        os.makedirs(prefix, exist_ok=True)
-        conda(prefix, build, environment)
-        pip(prefix, build, environment)
-        # Nobody can write here later, so this is the time to compile. What doesn't compile
-        # (templates, other Pythons' files) is not our concern.
-        compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]
-        for library in glob.glob(f"{prefix}/lib/python3*"):
-            subprocess.call([*compiler, library], env=environment, stdout=subprocess.DEVNULL)
-        for cached in glob.glob(f"{prefix}/pkgs"):
-            shutil.rmtree(cached)
+    # Below the prefix, which is on a disk, and so that packages need not be copied.
+    place = f"{prefix}/.build"
+    os.makedirs(place)
+    environment = {
+        **os.environ,
+        "HOME": place,
+        "TMPDIR": place,
+        "MAMBA_ROOT_PREFIX": f"{place}/mamba",
+        "CONDA_PKGS_DIRS": f"{place}/pkgs",
+        "MAMBA_NO_BANNER": "1",
+        "MAMBA_NO_PROGRESS_BARS": "1",
+        "PYTHONNOUSERSITE": "1",
+    }
+    conda(prefix, build, environment)
+    pip(prefix, build, environment)
+    # Nobody can write here later, so this is the time to compile. What doesn't compile
+    # (templates, other Pythons' files) is not our concern.
+    compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]
+    for library in glob.glob(f"{prefix}/lib/python3*"):
+        subprocess.call([*compiler, library], env=environment, stdout=subprocess.DEVNULL)
+    shutil.rmtree(place, ignore_errors=True)
 
 
 main(*sys.argv[1:])

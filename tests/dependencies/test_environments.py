@@ -1,0 +1,261 @@
+"""Steps get the packages that they name, and nothing runs on the host to that end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
+FLOW = """
+import os, sys
+from metaflow import FlowSpec, bubblewrap, conda, conda_base, pypi, pypi_base, sandbox, step
+
+{before}
+class Deps(FlowSpec):
+    {decorators}
+    @step
+    def start(self):
+        {body}
+        self.next(self.end)
+
+    @{kind}(disabled=True)
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    Deps()
+"""
+
+
+def write_flow(project, decorators, body="pass", *, kind="pypi", before=""):
+    """A flow whose first step has these decorators, and whose last is Metaflow's own."""
+    lines = {"decorators": "\n    ".join(decorators), "body": body, "kind": kind, "before": before}
+    project.write("flow.py", FLOW.format(**lines))
+
+
+def a_step(project, decorators, body="pass", *, kind="pypi", before="", env=None):
+    """Runs such a flow."""
+    write_flow(project, decorators, body, kind=kind, before=before)
+    return project.run("flow.py", f"--environment={kind}", "run", env=env)
+
+
+def answer(project, name="found"):
+    return project.client(f'answer = Flow("Deps").latest_run["start"].task.data.{name}')
+
+
+def test_the_readmes_example(project, shared_packages):
+    project.write(
+        "flow.py",
+        """
+        import sys
+        from metaflow import FlowSpec, bubblewrap, conda, pypi, step
+
+        class Readme(FlowSpec):
+            @pypi(disabled=True)
+            @step
+            def start(self):
+                self.next(self.fetch)
+
+            @bubblewrap(network=False)
+            @pypi(packages={"pydash": "8.0.5"})
+            @step
+            def fetch(self):
+                import pydash
+                self.pydash = [pydash.__version__, pydash.chunk([1, 2, 3], 2)]
+                self.next(self.count)
+
+            @bubblewrap(network=False)
+            @conda(packages={"numpy": "1.26.4"})
+            @step
+            def count(self):
+                import numpy
+                self.numpy = [numpy.__version__, int(numpy.arange(5).sum())]
+                self.pythons = [sys.executable, "/tomli" in str(sys.path)]
+                try:
+                    import pydash
+                    self.other = "there"
+                except ImportError:
+                    self.other = "not there"
+                self.next(self.end)
+
+            @pypi(disabled=True)
+            @step
+            def end(self):
+                assert self.pydash[1] == [[1, 2], [3]] and self.numpy[1] == 10
+
+        if __name__ == "__main__":
+            Readme()
+        """,
+    )
+    project.run("flow.py", "--environment=pypi", "run").ok()
+    assert not (project.directory.parent / "mamba/envs").exists()  # none was made on the host
+    found = project.client(
+        'd = Flow("Readme").latest_run["count"].task.data;'
+        "answer = [d.pydash[0], d.numpy[0], d.pythons[0], d.other]"
+    )
+    assert found[:2] == ["8.0.5", "1.26.4"]
+    assert found[2].startswith("/inbox/environments/")
+    assert found[3] == "not there"
+
+
+HOSTILE = 'import os, pathlib; pathlib.Path("{marker}").write_text(str(os.getuid()))'
+
+
+def test_a_package_that_runs_code_when_it_is_installed_or_loaded_runs_none_on_the_host(
+    project, packages, tmp_path
+):
+    marker = tmp_path / "marker"
+    code = HOSTILE.format(marker=marker)
+    attempt = f"try: exec({code!r})\nexcept OSError: sys.refused = 1"
+    files = {
+        "hostile.pth": f"import sys; exec({attempt!r})\n",
+        "hostile.py": "import sys\nrefused = getattr(sys, 'refused', 0)\n",
+    }
+    packages.wheel("hostile", "1.0", files)
+    decorators = ["@bubblewrap(network=False)", '@pypi(packages={"hostile": "1.0"})']
+    done = a_step(project, decorators, "import hostile; self.found = hostile.refused")
+    done.ok()
+    assert answer(project) == 1  # it did run, inside, and got nowhere
+    assert not marker.exists()
+
+
+def test_the_same_package_runs_code_on_the_host_without_a_sandbox(project, packages, tmp_path):
+    marker = tmp_path / "marker"
+    packages.wheel("hostile", "1.0", {"hostile.pth": HOSTILE.format(marker=marker) + "\n"})
+    decorators = ['@pypi(packages={"hostile": "1.0"})']
+    a_step(project, decorators).ok()
+    assert marker.exists()
+
+
+def sdist(directory, name, code):
+    """A source distribution whose setup.py is this code."""
+    import io
+    import tarfile
+
+    path = directory / f"{name}-1.0.tar.gz"
+    files = {
+        "setup.py": code + f"\nfrom setuptools import setup\nsetup(name={name!r}, version='1.0')\n",
+        "PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for inside, text in files.items():
+            member = tarfile.TarInfo(f"{name}-1.0/{inside}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return path
+
+
+@pytest.mark.parametrize("how", ["by name", "by address", "by a dependency"])
+def test_source_is_never_built_on_the_host(project, packages, tmp_path, how):
+    marker = tmp_path / "marker"
+    path = sdist(packages.wheels, "source", HOSTILE.format(marker=marker))
+    wanted = {"source": "1.0"}
+    if how == "by address":
+        wanted = {"source": f"@ file://{path}"}
+    if how == "by a dependency":
+        packages.wheel("middle", "1.0", {"middle.py": ""}, [f"source @ file://{path}"])
+        wanted = {"middle": "1.0"}
+    decorators = ["@bubblewrap", f"@pypi(packages={wanted!r})"]
+    done = a_step(project, decorators)
+    assert done.code != 0 and "source" in done.output
+    assert not marker.exists()
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-d", str(tmp_path), str(path)], capture_output=True)
+    assert marker.exists()  # the control: it would have run
+
+
+FAILURES = {
+    "no such package": ('@pypi(packages={"nowhere": "1.0"})', "no wheel of nowhere==1.0"),
+    "no such version": ('@conda(packages={"tomli": "99"})', "tomli"),
+    "a conflict": ('@pypi(packages={"one": "1", "two": "1"})', "conflict"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_packages_that_can_not_be_had_stop_the_run_before_any_step(project, packages, case):
+    packages.wheel("one", "1", {"one.py": ""}, ["tomli==2.0.1"])
+    packages.wheel("two", "1", {"two.py": ""}, ["tomli<2"])
+    decorator, said = FAILURES[case]
+    done = a_step(project, ["@bubblewrap", decorator])
+    assert done.code != 0
+    assert said in done.output
+    assert "Task is starting" not in done.output and "Traceback" not in done.output
+
+
+def test_a_package_that_is_not_what_the_lock_says_is_refused(project, packages):
+    path = packages.wheel("thing", "1.0", {"thing.py": "good = 1\n"})
+    decorators = ["@bubblewrap", '@pypi(packages={"thing": "1.0"})']
+    a_step(project, decorators, "import thing").ok()
+    subprocess.run([*COMMAND, "cache", "clear"], env=project.environment, check=True)
+    packages.wheel("thing", "1.0", {"thing.py": "good = 0\n"})
+    assert path.exists()
+    done = a_step(project, decorators, "import thing")
+    assert done.code != 0
+    assert "HASH" in done.output.upper()
+    assert "Task is starting" not in done.output
+
+
+def test_a_foreach_shares_one_build_and_runs_at_once_wait_for_it(project, packages):
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, bubblewrap, conda, step
+
+        class Many(FlowSpec):
+            @conda(disabled=True)
+            @step
+            def start(self):
+                self.items = list(range(20))
+                self.next(self.work, foreach="items")
+
+            @bubblewrap(network=False)
+            @conda(packages={"tomli": "2.2.1"})
+            @step
+            def work(self):
+                import tomli
+                self.got = tomli.loads(f"x = {self.input}")["x"]
+                self.next(self.join)
+
+            @conda(disabled=True)
+            @step
+            def join(self, inputs):
+                assert sorted(i.got for i in inputs) == list(range(20))
+                self.next(self.end)
+
+            @conda(disabled=True)
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Many()
+        """,
+    )
+    first = project.start("flow.py", "--environment=conda", "run", "--max-workers=4")
+    second = project.start("flow.py", "--environment=conda", "run", "--max-workers=4")
+    said = [process.communicate(timeout=600)[0].decode() for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert len(packages.environments()) == 1
+    assert sum("is built, once" in text for text in said) == 1
+    assert sum("another run builds its environment" in text for text in said) == 1
+
+
+def test_a_build_that_is_killed_half_way_leaves_nothing_that_counts(project, packages):
+    decorators = ["@bubblewrap(network=False)", '@conda(packages={"tomli": "2.2.1"})']
+    # The first is ended as soon as something of the environment is on the disk.
+    base = packages.cache / "metaflow-sandbox/environments"
+    write_flow(project, decorators)
+    process = project.start("flow.py", "--environment=pypi", "run")
+    deadline = time.monotonic() + 300
+    while not list(base.glob(".new-*/root/.build/pkgs/*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [n for n in packages.environments() if not n.startswith(".new-")] == []
+    a_step(project, decorators, "import tomli; self.found = 1").ok()
+    assert answer(project) == 1
