@@ -475,8 +475,6 @@ class Backend(ABC):
     python: str = "python3"
     #: Whether `create` binds `SandboxSpec.mounts`, so that `deliver` has nothing to do.
     binds_mounts: bool = False
-    #: The processor that sandboxes have, as `platform.machine()` names it on Linux.
-    machine: str = "x86_64"
 
     @abstractmethod
     async def create(self, spec: SandboxSpec) -> Sandbox:

@@ -87,7 +87,7 @@ async def archived(backend: Backend, recipe: Recipe, say: Say) -> dict[str, Path
     Nothing of it is unpacked here.
     """
     prefix = recipe.prefix or ""
-    key = await blocking(partial(recipe.key, backend.name, backend.machine))
+    key = await blocking(partial(recipe.key, backend.name))
 
     async def make(new: Path) -> str:
         async with announced(recipe, say):

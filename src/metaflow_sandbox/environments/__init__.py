@@ -44,12 +44,12 @@ class Environment(ABC):
     Attributes:
         platform: as conda names it.
         title: what is in it, in words.
-        packages: what is downloaded; in the order of the lock.
+        lock: another for other packages; as JSON.
     """
 
     platform: str
     title: str
-    packages: tuple[Package, ...]
+    lock: Any
 
     @abstractmethod
     def download(self, target: Path) -> Mapping[str, Path]:
@@ -68,9 +68,8 @@ class Environment(ABC):
     @property
     def digest(self) -> str:
         """Another for other packages, another platform, or another way to install them."""
-        lock = [[p.url, p.sha256] for p in self.packages]
         install = hashlib.sha256(INSTALL.read_bytes()).hexdigest()
-        text = json.dumps([type(self).__name__, self.platform, lock, install])
+        text = json.dumps([type(self).__name__, self.platform, self.lock, install])
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def prefix(self, backend: Backend) -> str:
@@ -139,29 +138,47 @@ def readable(top: Path) -> None:
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
 
 
+@dataclass(frozen=True)
+class Inside:
+    """The Python that a sandbox has of itself.
+
+    Attributes:
+        machine: its processor, as in `Backend.machine`.
+        python: its path there.
+        version: three numbers.
+    """
+
+    machine: str
+    python: str
+    version: str
+
+
 def resolve(
-    environment: Any, step: str, machine: str, workspace: Path, say: Callable[[str], None]
+    environment: Any, step: str, inside: Inside, say: Callable[[str], None]
 ) -> Environment | None:
     """What a step's decorators and `--environment` ask for; None if that is nothing. Blocking.
 
     Args:
         environment: Metaflow's.
-        machine: the sandbox's processor, as in `Backend.machine`.
-        workspace: the run's directory.
         say: tells the user.
 
     Raises:
         DependencyError: it can't be resolved, with the solver's reasons.
     """
+    platform = PLATFORMS.get(inside.machine)
+    if platform is None:
+        raise DependencyError(
+            f"there are no conda packages or wheels for {inside.machine}.", op="resolve"
+        )
     if environment.TYPE in ("conda", "pypi"):
         from .conda import resolve_conda
 
-        return resolve_conda(environment, step, machine, workspace, say)
+        return resolve_conda(environment, step, platform, say)
+    if environment.TYPE == "uv":
+        from .uv import resolve_uv
+
+        return resolve_uv(environment, platform, inside.version, inside.python)
     return None
-
-
-#: What `take_over` can deal with.
-SUPPORTED = ("local", "conda", "pypi")
 
 
 def take_over(environment: Any, step: str) -> None:

@@ -22,7 +22,7 @@ from metaflow import metaflow_config
 from metaflow.exception import MetaflowException
 from metaflow.plugins.pypi.micromamba import Micromamba
 
-from . import PLATFORMS, DependencyError, Environment, Package, pypi
+from . import DependencyError, Environment, Package, pypi
 
 _PYTHON = re.compile(r"/python-(\d+\.\d+\.\d+)[^/]*\Z")
 
@@ -64,8 +64,8 @@ class CondaEnvironment(Environment):
         return f"Python {self.python_version} and {count} packages"
 
     @property
-    def packages(self) -> tuple[Package, ...]:  # type: ignore[override]
-        return self.conda + self.wheels
+    def lock(self) -> Any:
+        return [[p.url, p.sha256] for p in self.conda + self.wheels]
 
     def download(self, target: Path) -> Mapping[str, Path]:
         for package, path in fetch_conda(self.solver, self.conda, self.platform).items():
@@ -81,11 +81,10 @@ class CondaEnvironment(Environment):
 
 
 def resolve_conda(
-    environment: Any, step: str, machine: str, workspace: Path, say: Callable[[str], None]
+    environment: Any, step: str, platform: str, say: Callable[[str], None]
 ) -> CondaEnvironment | None:
     """See `resolve`."""
     node = next(s for s in environment.flow if s.name == step)
-    platform = PLATFORMS[machine]
     try:
         described = environment.get_environment(node)
         if not described:

@@ -3,8 +3,9 @@
 BUILD has what the host downloaded:
 
     conda/SUBDIR/*     conda packages, which `micromamba` installs, and its programs
-    wheels/*           Python packages, which pip of the environment installs
-    uv/                pyproject.toml and uv.lock; uv.cache/ with the packages, for `uv`
+    wheels/*           Python packages, which pip installs: the environment's own, or, for
+                       one that is made of the sandbox's Python, that beside BUILD
+    interpreter        the path of the sandbox's Python, if it is made of that
 
 Standard library only, Python 3.8 and later. It runs the code of packages' authors.
 """
@@ -40,14 +41,12 @@ def conda(prefix: str, build: str, environment: dict[str, str]) -> None:
     run([program, "create", *options, "--prefix", prefix, "--file", listed], environment)
 
 
-def pip(prefix: str, build: str, environment: dict[str, str]) -> None:
-    wheels = sorted(glob.glob(f"{build}/wheels/*.whl"))
-    if wheels:
-        options = [
-            "--no-index", "--no-deps", "--no-cache-dir", "--no-compile", "--no-input", "--quiet",
-            "--disable-pip-version-check", "--no-warn-script-location",
-        ]  # fmt: skip
-        run([f"{prefix}/bin/python", "-m", "pip", "install", *options, *wheels], environment)
+def pip(prefix: str, wheels: list[str], environment: dict[str, str]) -> None:
+    options = [
+        "--no-index", "--no-deps", "--no-cache-dir", "--no-compile", "--no-input", "--quiet",
+        "--disable-pip-version-check", "--no-warn-script-location",
+    ]  # fmt: skip
+    run([f"{prefix}/bin/python", "-m", "pip", "install", *options, *wheels], environment)
 
 
 def main(prefix: str, build: str) -> None:
@@ -64,8 +63,17 @@ def main(prefix: str, build: str) -> None:
         "MAMBA_NO_PROGRESS_BARS": "1",
         "PYTHONNOUSERSITE": "1",
     }
-    conda(prefix, build, environment)
-    pip(prefix, build, environment)
+    wheels = sorted(glob.glob(f"{build}/wheels/*.whl"))
+    if os.path.exists(f"{build}/interpreter"):
+        with open(f"{build}/interpreter") as file:
+            run([file.read(), "-I", "-m", "venv", "--without-pip", prefix], environment)
+        if wheels:
+            beside = {"PYTHONPATH": f"{os.path.dirname(build)}/installer"}
+            pip(prefix, wheels, {**environment, **beside})
+    else:
+        conda(prefix, build, environment)
+        if wheels:
+            pip(prefix, wheels, environment)
     # Nobody can write here later, so this is the time to compile. What doesn't compile
     # (templates, other Pythons' files) is not our concern.
     compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]

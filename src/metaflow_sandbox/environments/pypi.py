@@ -25,6 +25,10 @@ _SOURCES = (
     "index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert",
     "client-cert", "proxy", "timeout", "default-timeout", "retries", "keyring-provider",
 )  # fmt: skip
+NO_PIP = (
+    f"packages are found by pip, which {sys.executable} has not. Install it there: "
+    "python -m ensurepip (or: uv pip install pip)"
+)
 _SECONDS = 1800
 _TAIL = 3000
 
@@ -56,17 +60,27 @@ def download(packages: tuple[Package, ...], python: str, platform: str, target: 
     Raises:
         DependencyError
     """
-    target.mkdir()
-    listed = target.parent / "wheels.txt"
     for package in packages:
         refuse_source(package.url)
     hashes = [f" --hash=sha256:{p.sha256}" if p.sha256 else "" for p in packages]
     lines = [f"{p.url}{wanted}\n" for p, wanted in zip(packages, hashes, strict=True)]
-    listed.write_text("".join(lines))
+    download_listed("".join(lines), python, platform, target, hashed=all(hashes))
+
+
+def download_listed(
+    listed: str, python: str, platform: str, target: Path, hashed: bool = True
+) -> None:
+    """The same for what is in pip's own format, of which it chooses what Python and platform need.
+
+    Raises:
+        DependencyError
+    """
+    target.mkdir()
+    file = target.parent / "wheels.txt"
+    file.write_text(listed)
     command = ["download", "--no-deps", f"--dest={target}"]
-    command += ["--require-hashes"] if all(hashes) else []
-    command += [*_options(python, platform), f"--requirement={listed}"]
-    _pip(command, python, platform)
+    command += ["--require-hashes"] if hashed else []
+    _pip([*command, *_options(python, platform), f"--requirement={file}"], python, platform)
 
 
 def _requirements(packages: dict[str, str]) -> list[str]:
@@ -88,7 +102,7 @@ def refuse_source(url: str) -> None:
     """
     if not url.partition("#")[0].endswith(".whl"):
         raise DependencyError(
-            f"@pypi: {url} is source, and building it would run it on this machine. Make a wheel "
+            f"{url} is source, and building it would run it on this machine. Make a wheel "
             "of it (pip wheel), and give its address, or put it where your pip looks for packages "
             "(find-links).",
             op="resolve",
@@ -163,16 +177,12 @@ def _pip(words: list[str], python: str, platform: str) -> None:
         return
     said = done.stderr
     if "No module named 'pip'" in said:
-        raise DependencyError(
-            f"@pypi is resolved by pip, which {sys.executable} has not. Install it there: "
-            "python -m ensurepip",
-            op="resolve",
-        )
+        raise DependencyError(NO_PIP, op="resolve")
     if found := re.search(r"No matching distribution found for (.*)", said):
         raise DependencyError(
-            f"@pypi: there is no wheel of {found[1]} for Python {python} on {platform} where pip "
+            f"there is no wheel of {found[1]} for Python {python} on {platform} where pip "
             "looks for packages. Source is not built.",
             op="resolve",
         )
     errors = [line for line in said.splitlines() if not line.startswith("WARNING")]
-    raise DependencyError(f"@pypi: pip failed.\n{chr(10).join(errors)[-_TAIL:]}", op="resolve")
+    raise DependencyError(f"pip failed.\n{chr(10).join(errors)[-_TAIL:]}", op="resolve")

@@ -13,8 +13,8 @@ import anyio.from_thread
 
 from .. import environments
 from ..backends import registry
-from ..backends.base import Backend, Preflight, Prepared, Recipe, Say
-from ..errors import BackendUnavailable
+from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, Say
+from ..errors import BackendUnavailable, SandboxError
 from ..leases import Lease, living
 from . import client
 from .job import save_prepared
@@ -25,6 +25,11 @@ from .stage import withhold
 
 _END_SECONDS = 30.0
 _NAMED = 5
+_LOOK_SECONDS = 120.0
+_LOOK = (
+    "import platform, sys; "
+    "print(platform.machine(), sys.executable, '%d.%d.%d' % sys.version_info[:3], sep='\\n')"
+)
 
 
 class Session:
@@ -48,6 +53,7 @@ class Session:
         self.backends: dict[str, str] = {}
         self._preflights: dict[str, Preflight] = {}
         self._said: set[str] = set()
+        self._looked: dict[tuple[str, str | None], environments.Inside] = {}
 
     def admit(
         self, step: str, request: Request, environment: Any, logger: Callable[..., None]
@@ -65,7 +71,7 @@ class Session:
         """
         request.variables()
         backend, preflight = self._choose(request)
-        request, notes = request.check(backend)
+        _, notes = request.check(backend)
         quota_of(backend)
 
         def log(line: str) -> None:
@@ -94,24 +100,45 @@ class Session:
 
             anyio.from_thread.run(told)
 
-        workspace = self.workspace.path
+        plain = Recipe(request.image, request.setup, options=request.options)
+        if environment.TYPE == "local":
+            return await backend.prepare(plain, say), None
+        inside = await self._inside(plain, backend, say)
         found = await anyio.to_thread.run_sync(
-            environments.resolve, environment, step, backend.machine, workspace, tell
+            environments.resolve, environment, step, inside, tell
         )
-        recipe = Recipe()
-        if found is not None:
-            recipe = found.recipe(backend, workspace, cached=request.cache is not False)
-        recipe = replace(
-            recipe,
-            image=request.image,
-            setup=request.setup,
-            options=request.options,
-            cpu=request.cpu,
-            memory=request.memory,
-            disk=request.disk,
-            gpu=request.gpu,
+        if found is None:
+            return await backend.prepare(plain, say), None
+        cached = request.cache is not False
+        recipe = found.recipe(backend, self.workspace.path, cached)
+        recipe = replace(recipe, image=plain.image, setup=plain.setup, options=plain.options)
+        return await backend.prepare(recipe, say), found.python(backend)
+
+    async def _inside(self, plain: Recipe, backend: Backend, say: Say) -> environments.Inside:
+        """The Python that the step's sandboxes have of themselves, asked in one."""
+        prepared = await backend.prepare(plain, say)
+        if found := self._looked.get((backend.name, prepared.image)):
+            return found
+        spec = SandboxSpec(
+            labels={"purpose": "look"},
+            lifetime=_LOOK_SECONDS,
+            image=prepared.image,
+            network=False if "none" in backend.limits().network else None,
+            options=plain.options,
         )
-        return await backend.prepare(recipe, say), found.python(backend) if found else None
+        python = backend.interpreter(prepared.image)
+        sandbox = await backend.create(spec)
+        try:
+            done = await sandbox.run([python, "-I", "-S", "-c", _LOOK], timeout=_LOOK_SECONDS)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sandbox.destroy()
+        words = done.stdout.decode(errors="replace").splitlines()
+        if done.exit_code != 0 or len(words) != 3:
+            raise SandboxError(f"{python} can't be run in a sandbox of {backend.name}", op="look")
+        found = environments.Inside(*words)
+        self._looked[backend.name, prepared.image] = found
+        return found
 
     def _choose(self, request: Request) -> tuple[Backend, Preflight]:
         if request.backend:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _DEPLOYERS = {"argo-workflows", "step-functions", "airflow"}
 
 
-_ENVIRONMENTS = {"local", "conda", "pypi"}
+_ENVIRONMENTS = {"local", "conda", "pypi", "uv"}
 
 
 class SandboxException(MetaflowException):
@@ -201,8 +201,8 @@ class SandboxDecorator(StepDecorator):
         if environment.TYPE not in _ENVIRONMENTS:
             raise SandboxException(
                 f"--environment={environment.TYPE} is not supported for sandboxed steps: step "
-                f"*{self.step}* would not get its packages. Use --environment=pypi or conda, or "
-                "image=…."
+                f"*{self.step}* would not get its packages. Use --environment=pypi, conda or uv, "
+                "or image=…."
             )
 
     def runtime_init(self, flow: Any, graph: Any, package: Any, run_id: str) -> None:

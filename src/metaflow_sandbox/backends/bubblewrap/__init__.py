@@ -60,7 +60,6 @@ class Bubblewrap(Backend):
     inbox = "/inbox"
     binds_mounts = True
     python = policy.PYTHON
-    machine = platform.machine()
 
     def __init__(self) -> None:
         #: The thread in which the proxies of this process's sandboxes run.
@@ -139,7 +138,7 @@ class Bubblewrap(Backend):
         """Builds an environment in the cache's own directory, which sandboxes bind."""
         prefix = recipe.prefix or ""
         digest = image.identity(recipe.image) if recipe.image else ""
-        key = await blocking(partial(recipe.key, self.name, self.machine, digest))
+        key = await blocking(partial(recipe.key, self.name, digest))
 
         async def make(new: Path) -> str:
             async with build.announced(recipe, say):
