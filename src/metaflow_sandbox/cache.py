@@ -288,6 +288,14 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.used, reverse=True)
 
 
+def discard(path: Path) -> None:
+    """Removes what `get` gave to this process alone: it is not to be used again."""
+    target = next((known for known in _in_use if path.is_relative_to(known)), None)
+    if target is not None:
+        os.close(_in_use.pop(target))
+        _evict(target.parent, target.name)
+
+
 def clear(keys: set[str] | None = None) -> tuple[list[Entry], list[Entry]]:
     """Removes environments that no run uses.
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import anyio
 import click
 
-from . import manage
+from . import cache, manage
 from .backends import registry
 from .errors import SandboxError
 
@@ -41,8 +43,43 @@ def kill(ids: tuple[str, ...], backend: tuple[str, ...]) -> None:
 @click.option("--backend", multiple=True, help="Look only there.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be ended.")
 def gc(backend: tuple[str, ...], dry_run: bool) -> None:
-    """Ends sandboxes whose time is over, or whose run on this machine has ended."""
+    """Ends sandboxes whose time is over, or whose run on this machine has ended.
+
+    And removes environments beyond what the cache may have.
+    """
     collect(backend, {}, dry_run)
+    if not dry_run:
+        with _plainly():
+            for entry in cache.bound():
+                click.echo(f"removed the environment {entry.key} ({entry.bytes >> 20} MB)")
+
+
+@main.group(invoke_without_command=True, name="cache")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+@click.pass_context
+def cache_command(context: click.Context, as_json: bool) -> None:
+    """Lists the environments that were built on this machine.
+
+    Those that were not used for longest go when all have more than METAFLOW_SANDBOX_CACHE
+    megabytes.
+    """
+    if context.invoked_subcommand is None:
+        with _plainly():
+            _show_cache(cache.entries(), as_json)
+
+
+@cache_command.command("clear")
+@click.argument("keys", nargs=-1)
+def clear_command(keys: tuple[str, ...]) -> None:
+    """Removes the environments with these KEYS, or all; not those that a run uses."""
+    with _plainly():
+        removed, kept = cache.clear(set(keys) if keys else None)
+        if missing := set(keys) - {entry.key for entry in (*removed, *kept)}:
+            raise click.ClickException(f"there is no environment {', '.join(sorted(missing))}")
+    size = sum(entry.bytes for entry in removed)
+    click.echo(f"removed {len(removed)}, which had {size >> 20} MB")
+    for entry in kept:
+        click.echo(f"{entry.key} is in use")
 
 
 @main.command()
@@ -80,6 +117,28 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     enter(backend, name, command)
 
 
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    try:
+        yield
+    except SandboxError as e:
+        raise click.ClickException(str(e)) from None
+
+
+def _show_cache(entries: list[cache.Entry], as_json: bool) -> None:
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(asdict(entry)))
+        return
+    if entries:
+        rows = [("KEY", "MB", "LAST USED", "WHAT")]
+        for e in entries:
+            rows.append((e.key, str(e.bytes >> 20), _age(e.used), e.description))
+        _table(rows)
+    total = sum(entry.bytes for entry in entries)
+    click.echo(f"{total >> 20} of {cache.limit() >> 20} MB in {cache.directory()}")
+
+
 # --- what both commands do
 
 
@@ -92,11 +151,15 @@ def show(backends: tuple[str, ...], labels: Mapping[str, str], as_json: bool) ->
     elif found:
         rows = [("BACKEND", "ID", "AGE", "STEP")]
         rows += [(f.backend, f.info.id, _age(f.info.created), f.pathspec) for f in found]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            cells = zip(row, widths, strict=True)
-            click.echo("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
+        _table(rows)
     _report(problems)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        click.echo("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
 
 
 def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, str]) -> None:

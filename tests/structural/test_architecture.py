@@ -43,6 +43,7 @@ LAYERS = {
         "leases",
         "agent",
         "backends",
+        "cache",
         "environments",
         "admission",
         "egress",

@@ -564,17 +564,27 @@ class Attempt:
             return None
         module = found[-1].partition(".")[0]
         names = packages_distributions().get(module, [module])
+        package = names[0]
+        if self.job.python is not None:
+            here = f'Add it to the step\'s own: packages={{"{package}": "…"}}.'
+        else:
+            here = (
+                f'Name it for the step, @pypi(packages={{"{package}": "…"}}), and run with '
+                "--environment=pypi."
+            )
         try:
-            wanted = f"{names[0]}=={version(names[0])}"
+            number = version(package)
         except PackageNotFoundError:
-            return f"the sandbox has no package {module!r}, and neither has this environment."
-        package, _, number = wanted.partition("==")
-        return (
-            f"the sandbox has no package {module!r}; here it is {wanted}. Sandboxes see packages "
-            "that are installed in this Python environment, not editable installs or PYTHONPATH. "
-            f"Install it here (pip install {wanted}), or name it for the step: "
-            f'@pypi(packages={{"{package}": "{number}"}}) or image=…, where the backend has these.'
-        )
+            return (
+                f"the sandbox has no package {module!r}, and neither has this environment. {here}"
+            )
+        said = f"the sandbox has no package {module!r}; here it is {package}=={number}. "
+        if self.job.python is None and self.job.prepared.image is None:
+            said += (
+                "Sandboxes see packages that are installed in this Python environment, not "
+                f"editable installs or PYTHONPATH: pip install {package}=={number}. Or: "
+            )
+        return said + here.replace("…", number)
 
     async def _part(self, failed: bool) -> None:
         """Says what the user should know of the sandbox, and keeps it if asked to."""

@@ -139,6 +139,10 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "keep": lambda v: _choice("keep", v, {"on-failure": None}),
     "executable": lambda v: _text("executable", v, "python3"),
 }
+_INSTEAD = {
+    "setup": " Programs and libraries come with @conda(packages=…) and --environment=conda, too, "
+    "which need no root.",
+}
 _AMOUNTS = ("cpu", "memory", "disk", "gpu")
 
 
@@ -263,7 +267,7 @@ class Request:
             if value and not can:
                 raise NotEnforceable(
                     f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
-                    "that has it (docs/configuration.md has the table)."
+                    f"that has it (docs/configuration.md has the table).{_INSTEAD.get(name, '')}"
                 )
         for name in sorted(set(self.options) - set(backend.options)):
             raise NotEnforceable(f"{backend.name} has no parameter {name}. Leave it out.")

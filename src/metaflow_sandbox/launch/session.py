@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.from_thread
 
-from .. import environments
+from .. import cache, environments
+from ..admission.text import harmless
 from ..backends import registry
 from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, Say
 from ..errors import BackendUnavailable, SandboxError
@@ -27,7 +29,7 @@ _END_SECONDS = 30.0
 _NAMED = 5
 _LOOK_SECONDS = 120.0
 _LOOK = (
-    "import platform, sys; "
+    "import ctypes, platform, sys, zlib; assert sys.version_info >= (3, 8), sys.version; "
     "print(platform.machine(), sys.executable, '%d.%d.%d' % sys.version_info[:3], sep='\\n')"
 )
 
@@ -53,7 +55,8 @@ class Session:
         self.backends: dict[str, str] = {}
         self._preflights: dict[str, Preflight] = {}
         self._said: set[str] = set()
-        self._looked: dict[tuple[str, str | None], environments.Inside] = {}
+        self._discarded: set[Path] = set()
+        self._looked: dict[tuple[str, str | None, str], environments.Inside] = {}
 
     def admit(
         self, step: str, request: Request, environment: Any, logger: Callable[..., None]
@@ -101,23 +104,34 @@ class Session:
             anyio.from_thread.run(told)
 
         plain = Recipe(request.image, request.setup, options=request.options)
-        if environment.TYPE == "local":
+        if environment.TYPE == "local" and not request.executable:
             return await backend.prepare(plain, say), None
-        inside = await self._inside(plain, backend, say)
+        inside = await self._inside(plain, request.executable, backend, say)
         found = await anyio.to_thread.run_sync(
             environments.resolve, environment, step, inside, tell
         )
         if found is None:
             return await backend.prepare(plain, say), None
-        cached = request.cache is not False
+        cached = request.cache is not False and not environment._force_rebuild
         recipe = found.recipe(backend, self.workspace.path, cached)
         recipe = replace(recipe, image=plain.image, setup=plain.setup, options=plain.options)
-        return await backend.prepare(recipe, say), found.python(backend)
+        prepared = await backend.prepare(recipe, say)
+        if not cached:
+            self._discarded.update(prepared.mounts.values())
+        return prepared, found.python(backend)
 
-    async def _inside(self, plain: Recipe, backend: Backend, say: Say) -> environments.Inside:
-        """The Python that the step's sandboxes have of themselves, asked in one."""
+    async def _inside(
+        self, plain: Recipe, executable: str | None, backend: Backend, say: Say
+    ) -> environments.Inside:
+        """The Python that the step's sandboxes have of themselves, asked in one.
+
+        Raises:
+            SandboxError: it is none.
+        """
         prepared = await backend.prepare(plain, say)
-        if found := self._looked.get((backend.name, prepared.image)):
+        python = executable or backend.interpreter(prepared.image)
+        asked = (backend.name, prepared.image, python)
+        if found := self._looked.get(asked):
             return found
         spec = SandboxSpec(
             labels={"purpose": "look"},
@@ -126,7 +140,6 @@ class Session:
             network=False if "none" in backend.limits().network else None,
             options=plain.options,
         )
-        python = backend.interpreter(prepared.image)
         sandbox = await backend.create(spec)
         try:
             done = await sandbox.run([python, "-I", "-S", "-c", _LOOK], timeout=_LOOK_SECONDS)
@@ -135,9 +148,16 @@ class Session:
                 await sandbox.destroy()
         words = done.stdout.decode(errors="replace").splitlines()
         if done.exit_code != 0 or len(words) != 3:
-            raise SandboxError(f"{python} can't be run in a sandbox of {backend.name}", op="look")
+            said = harmless(done.stderr[-300:].decode(errors="replace")).strip()
+            where = f"the image {plain.image!r}" if plain.image else f"sandboxes of {backend.name}"
+            raise SandboxError(
+                f"{python} is no Python in {where} that can run a step: "
+                f"{said or 'it says nothing'}. It has to be 3.8 or later, with zlib and ctypes. Name another by "
+                "executable=….",
+                op="look",
+            )
         found = environments.Inside(*words)
-        self._looked[backend.name, prepared.image] = found
+        self._looked[asked] = found
         return found
 
     def _choose(self, request: Request) -> tuple[Backend, Preflight]:
@@ -190,5 +210,7 @@ class Session:
         """Ends the supervisor, and removes the run's directory."""
         client.end(str(self.workspace.path), _END_SECONDS)
         self.workspace.release()
+        for path in self._discarded:
+            cache.discard(path)
         for name in set(self.backends.values()):
             registry.load(name).sweep()

@@ -24,7 +24,7 @@ from anyio.from_thread import BlockingPortalProvider
 
 from ... import cache
 from ...concurrency import blocking, write_all
-from ...errors import BackendUnavailable, NotEnforceable, SandboxError
+from ...errors import BackendUnavailable, SandboxError
 from ...leases import living
 from .. import build, seccomp
 from ..base import (
@@ -121,13 +121,6 @@ class Bubblewrap(Backend):
         living("box", bury)
 
     async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
-        if recipe.setup:
-            raise NotEnforceable(
-                "setup=… needs root inside, which bubblewrap's sandboxes don't have. Install with "
-                "@conda(packages=…), which has programs too, give an image that has what the step "
-                "needs (image=…), or choose @docker.",
-                op="prepare",
-            )
         if recipe.image is not None:
             await self._unpack_image(recipe.image, say)
         if not recipe.install or not self.binds_mounts:
