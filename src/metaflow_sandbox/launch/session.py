@@ -151,9 +151,9 @@ class Session:
             said = harmless(done.stderr[-300:].decode(errors="replace")).strip()
             where = f"the image {plain.image!r}" if plain.image else f"sandboxes of {backend.name}"
             raise SandboxError(
-                f"{python} is no Python in {where} that can run a step: "
-                f"{said or 'it says nothing'}. It has to be 3.8 or later, with zlib and ctypes. Name another by "
-                "executable=….",
+                f"{python} is no Python in {where} that can run a step: it has to be 3.8 or later, "
+                f"with zlib and ctypes. {said or 'It says nothing'}.\n"
+                "Name another by executable=….",
                 op="look",
             )
         found = environments.Inside(*words)
