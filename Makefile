@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start faults soak docs clean
+.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps deps faults soak docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,14 +37,16 @@ test-fast: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/unit tests/structural
 
 test: check test-fast
-	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks tests/faults
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/dependencies \
+		tests/attacks tests/faults
 
 # The same as a user without rights, since sandboxes are made in another way then.
 test-unprivileged:
 	scripts/as-unprivileged-user make test-flows
 
 test-flows: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/attacks tests/faults
+	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/dependencies \
+		tests/attacks tests/faults
 
 # All of the contract on Podman and on an engine that sees other files, and what takes long.
 test-containers: $(VENV)/dev
@@ -54,6 +56,10 @@ test-containers: $(VENV)/dev
 # Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev
 	FAULTS=all $(BIN)/python -m pytest -q -n 2 tests/faults
+
+# Every kind of environment, with large packages and other Pythons; `make test` runs a part.
+deps: $(VENV)/dev
+	$(BIN)/python -m pytest -q -n 2 -m 'not integration' tests/dependencies
 
 # A foreach of 1,000 with random faults.
 soak: $(VENV)/dev
@@ -68,6 +74,9 @@ bench: $(VENV)/dev
 
 bench-start: $(VENV)/dev
 	$(BIN)/python benchmarks/start.py
+
+bench-deps: $(VENV)/dev
+	$(BIN)/python benchmarks/dependencies.py
 
 docs: $(VENV)/dev
 	$(BIN)/python -m mkdocs build --quiet --strict

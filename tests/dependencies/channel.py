@@ -19,6 +19,13 @@ _LEFT_OUT = {
     "test", "tests", "site-packages", "__pycache__", "idlelib", "tkinter", "ensurepip",
     "turtledemo", "lib2to3", "dist-packages",
 }  # fmt: skip
+_NOT_PYTHON = {"sitecustomize.py", "EXTERNALLY-MANAGED"}
+#: Debian's Python has its packages elsewhere; this one is not Debian's any more.
+_LIKE_OTHERS = b"""import os, site, sys, sysconfig
+if "posix_local" in sysconfig.get_scheme_names():
+    os.environ["DEB_PYTHON_INSTALL_LAYOUT"] = "deb_system"
+    site.addsitedir("%s/lib/python%d.%d/site-packages" % (sys.prefix, *sys.version_info[:2]))
+"""
 #: What pip reads out of these wheels, in the words of conda.
 _DEPENDS = {
     "requests": ["urllib3", "idna", "certifi", "charset-normalizer"],
@@ -140,7 +147,7 @@ def python_package(channel, executable=sys.executable):
         )
         for name in sorted(names):
             path = Path(folder, name)
-            if path.is_symlink() or name.endswith(".a") or name == "sitecustomize.py":
+            if path.is_symlink() or name.endswith(".a") or name in _NOT_PYTHON:
                 continue
             inside, found = f"lib/python{short}/{path.relative_to(stdlib)}", path.stat()
             package.file(inside, path.read_bytes(), found.st_mode & 0o777, found.st_mtime)
@@ -149,6 +156,7 @@ def python_package(channel, executable=sys.executable):
             if name.endswith(".py") and (path.parent / cached).exists():
                 content = (path.parent / cached).read_bytes()
                 package.file(f"{os.path.dirname(inside)}/{cached}", content)
+    package.file(f"lib/python{short}/sitecustomize.py", _LIKE_OTHERS)
     package.file(f"lib/python{short}/site-packages/README.txt", b"for packages\n")
     package.write(channel)
     return version

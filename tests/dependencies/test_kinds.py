@@ -1,0 +1,332 @@
+"""Every way to name packages, with every kind of step beside it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import channel
+import images
+import pytest
+from test_environments import COMMAND, a_step, answer
+
+WHICH = "import tomli, sys; self.found = [tomli.__file__, sys.executable, sys.version.split()[0]]"
+INSIDE = "/inbox/environments/"
+
+
+def cached(packages):
+    said = subprocess.run(
+        [*COMMAND, "cache", "--json"],
+        env={**os.environ, "XDG_CACHE_HOME": str(packages.cache)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [json.loads(line) for line in said.stdout.splitlines()]
+
+
+BASES = {
+    "pypi_base": ('@pypi_base(packages={"tomli": "2.0.1"})', "2.0.1"),
+    "conda_base": ('@conda_base(packages={"tomli": "2.2.1"})', "2.2.1"),
+}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("base", BASES)
+def test_packages_of_the_whole_flow(project, shared_packages, base):
+    before, version = BASES[base]
+    body = "from importlib.metadata import version; self.found = version('tomli')"
+    kind = base.partition("_")[0]
+    a_step(project, ["@bubblewrap"], body, kind=kind, before=before).ok()
+    assert answer(project) == version
+
+
+def test_a_disabled_step_has_what_is_installed_here_and_steps_mix(project, shared_packages):
+    project.write(
+        "flow.py",
+        """
+        import sys
+        from metaflow import FlowSpec, bubblewrap, conda, step
+
+        class Mixed(FlowSpec):
+            @conda(disabled=True)
+            @step
+            def start(self):
+                self.where = [sys.executable]
+                self.next(self.bare)
+
+            @bubblewrap
+            @conda(disabled=True)
+            @step
+            def bare(self):
+                import anyio
+                self.where += [sys.executable]
+                self.next(self.boxed)
+
+            @bubblewrap(network=False)
+            @conda(packages={"tomli": "2.2.1"})
+            @step
+            def boxed(self):
+                import tomli
+                self.where += [sys.executable]
+                self.next(self.end)
+
+            @conda(disabled=True)
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Mixed()
+        """,
+    )
+    project.run("flow.py", "--environment=conda", "run").ok()
+    where = project.client('answer = Flow("Mixed").latest_run["end"].task.data.where')
+    assert where[0] == where[1] == sys.executable
+    assert where[2].startswith(INSIDE)
+
+
+@pytest.mark.heavy
+def test_a_plain_step_beside_it_has_its_environment_on_the_host_as_ever(project, shared_packages):
+    project.write(
+        "flow.py",
+        """
+        import sys
+        from metaflow import FlowSpec, bubblewrap, conda, step
+
+        class Mixed(FlowSpec):
+            @bubblewrap(network=False)
+            @conda(packages={"tomli": "2.2.1"})
+            @step
+            def start(self):
+                import tomli
+                self.where = [sys.executable]
+                self.next(self.end)
+
+            @conda(packages={"tomli": "2.2.1"})
+            @step
+            def end(self):
+                import tomli
+                self.where += [sys.executable]
+
+        if __name__ == "__main__":
+            Mixed()
+        """,
+    )
+    project.run("flow.py", "--environment=conda", "run").ok()
+    inside, outside = project.client('answer = Flow("Mixed").latest_run["end"].task.data.where')
+    assert inside.startswith(INSIDE)
+    assert "/envs/metaflow/" in outside
+
+
+@pytest.mark.parametrize("order", ["--with bubblewrap first", "--with conda first"])
+@pytest.mark.heavy
+def test_decorators_from_the_command_line_in_both_orders(project, shared_packages, order):
+    project.write(
+        "flow.py",
+        """
+        import sys
+        from metaflow import FlowSpec, step
+
+        class Deps(FlowSpec):
+            @step
+            def start(self):
+                import tomli
+                self.found = sys.executable
+                self.next(self.end)
+
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Deps()
+        """,
+    )
+    given = ["--with", "bubblewrap:network=False", "--with", 'conda:packages={"tomli": "2.2.1"}']
+    if order.startswith("--with conda"):
+        given = given[2:] + given[:2]
+    project.run("flow.py", "--environment=conda", "run", *given).ok()
+    assert answer(project).startswith(INSIDE)
+
+
+def another_python():
+    """A CPython of another version on this machine, if there is one."""
+    for short in ("3.12", "3.13", "3.10", "3.11"):
+        if short == f"{sys.version_info[0]}.{sys.version_info[1]}":
+            continue
+        asked = [
+            "sh",
+            "-c",
+            f"command -v python{short}; ls ~/.pyenv/versions/{short}.*/bin/python{short}",
+        ]
+        for path in subprocess.run(asked, capture_output=True, text=True).stdout.split():
+            if subprocess.run([path, "-c", "pass"], capture_output=True).returncode == 0:
+                return path, short
+    return None
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["pypi", "conda"])
+def test_another_python_inside(project, packages, conda, kind, tmp_path):
+    found = another_python()
+    if found is None:
+        pytest.skip("NOT CHECKED: this machine has no other Python")
+    path, short = found
+    own = tmp_path / "channel"
+    version = channel.python_package(own, path)
+    specs = ("pip", "requests", "tomli==2.2.1")
+    options = ("--python-version", short)
+    for wheel in channel.download(tmp_path / "other", *options, *specs):
+        channel.wheel_package(own, wheel, python=short)
+    channel.index(own)
+    channel.download(packages.wheels, *options, *specs)
+    decorators = ["@bubblewrap", f'@{kind}(packages={{"tomli": "2.2.1"}}, python="{version}")']
+    env = {"CONDA_CHANNELS": f"file://{own}"}
+    a_step(project, decorators, WHICH, kind=kind, env=env).ok()
+    file, executable, number = answer(project)
+    assert number == version != sys.version.split()[0]
+    assert file.startswith(INSIDE) and executable.startswith(INSIDE)
+
+
+UV = """
+[project]
+name = "flows"
+version = "0"
+requires-python = ">=3.10"
+dependencies = [
+    "tomli==2.0.1",
+    "pydash==8.0.5; python_version >= '3.10'",
+    "colorama; python_version < '3.9'",
+]
+[dependency-groups]
+dev = ["iniconfig"]
+[[tool.uv.index]]
+url = "{index}"
+format = "flat"
+default = true
+"""
+
+
+def test_the_packages_of_uv_lock_without_the_development_ones(project, packages, conda):
+    """On an index that is a directory, so that no network is needed."""
+    for wheel in channel.download(packages.wheels, "iniconfig", "colorama"):
+        assert wheel.exists()
+    for wheel in (conda / "index").glob("*.whl"):
+        (packages.wheels / wheel.name).write_bytes(wheel.read_bytes())
+    project.write("pyproject.toml", UV.format(index=packages.wheels.as_uri()))
+    uv = Path(sys.prefix, "bin/uv")
+    env = {**project.environment, "UV_CACHE_DIR": str(packages.cache / "uv")}
+    subprocess.run([uv, "lock", "--offline"], cwd=project.directory, env=env, check=True)
+    script = """
+    import sys
+    from metaflow import FlowSpec, bubblewrap, step
+
+    class Deps(FlowSpec):
+        @bubblewrap(network=False)
+        @step
+        def start(self):
+            import importlib.util, pydash, tomli
+            names = ("iniconfig", "colorama", "anyio")
+            there = [importlib.util.find_spec(name) is not None for name in names]
+            self.found = [tomli.__file__, sys.executable, there]
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Deps()
+    """
+    project.write("flow.py", script)
+    env = {"PATH": f"{Path(sys.prefix, 'bin')}:{project.environment['PATH']}"}
+    project.run("flow.py", "--environment=uv", "run", env=env).ok()
+    file, executable, there = answer(project)
+    assert file.startswith(INSIDE) and executable.startswith(INSIDE)
+    assert there == [False, False, False]
+
+
+@pytest.mark.heavy
+def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_packages):
+    body = WHICH.replace("import tomli", "import tomli, numpy")
+    decorators = ['@sandbox(backend="remote-like", network=False)']
+    decorators += ['@conda(packages={"tomli": "2.2.1", "numpy": "1.26.4"})']
+    a_step(project, decorators, body, kind="conda").ok()
+    assert answer(project)[1].startswith("/sandbox/inbox/environments/")
+
+
+def test_an_image_and_packages_on_top_of_it(project, shared_packages, tmp_path):
+    root = images.root_file_system(tmp_path / "rootfs")
+    decorators = [f'@bubblewrap(image="{root}", network=False)']
+    decorators += ['@conda(packages={"tomli": "2.2.1"})']
+    body = WHICH + "; self.note = open('/opt/app/note').read()"
+    a_step(project, decorators, body, kind="conda").ok()
+    assert answer(project)[1].startswith(INSIDE)
+    assert answer(project, "note") == "from the image"
+
+
+def test_what_can_not_be_the_python_is_said_before_any_step(project, tmp_path):
+    root = images.root_file_system(tmp_path / "rootfs")
+    script = f'@bubblewrap(image="{root}", executable="/bin/cat")'
+    project.write(
+        "flow.py",
+        f"""
+        from metaflow import FlowSpec, bubblewrap, step
+
+        class Deps(FlowSpec):
+            {script}
+            @step
+            def start(self):
+                self.next(self.end)
+
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Deps()
+        """,
+    )
+    done = project.run("flow.py", "run")
+    assert done.code != 0
+    assert "/bin/cat is no Python in the image" in done.output
+    assert "Task is starting" not in done.output
+
+
+@pytest.mark.heavy
+def test_cache_false_builds_for_one_run_alone(project, packages):
+    decorators = ["@bubblewrap(cache=False)", '@conda(packages={"tomli": "2.2.1"})']
+    for _ in range(2):
+        done = a_step(project, decorators, WHICH, kind="conda").ok()
+        assert "is built, once" in done.output
+        assert packages.environments() == []
+
+
+@pytest.mark.heavy
+def test_what_was_not_used_for_longest_goes_when_the_cache_is_full(project, packages):
+    one = ["@bubblewrap", '@conda(packages={"tomli": "2.2.1"})']
+    two = ["@bubblewrap", '@conda(packages={"tomli": "2.2.1", "numpy": "1.26.4"})']
+    a_step(project, one, kind="conda").ok()
+    (first,) = cached(packages)
+    size = (first["bytes"] >> 20) + 80
+    a_step(project, two, kind="conda", env={"METAFLOW_SANDBOX_CACHE": str(size + 60)}).ok()
+    (second,) = cached(packages)
+    assert second["key"] != first["key"]
+    done = a_step(project, one, kind="conda", env={"METAFLOW_SANDBOX_CACHE": "10"})
+    assert done.code != 0
+    assert "more than 10 MB" in done.output and "METAFLOW_SANDBOX_CACHE" in done.output
+    assert packages.environments() == [second["key"]] or packages.environments() == []
+
+
+@pytest.mark.heavy
+def test_large_compiled_packages(project, packages):
+    """From pip's own index, as a user would have them."""
+    wanted = {"numpy": "1.26.4", "pandas": "2.2.3", "pydantic": "2.9.2"}
+    os.unlink(project.environment.pop("PIP_CONFIG_FILE"))
+    body = "import numpy, pandas, pydantic; self.found = [pandas.__version__, pydantic.VERSION]"
+    kept = {k: v for k, v in os.environ.items() if k.lower().startswith("pip_")}
+    decorators = ["@bubblewrap(network=False)", f"@pypi(packages={wanted!r})"]
+    a_step(project, decorators, body, env=kept).ok()
+    assert answer(project) == ["2.2.3", "2.9.2"]
