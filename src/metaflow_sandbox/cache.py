@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anyio
 from metaflow import metaflow_config
@@ -179,15 +180,29 @@ async def _build(base: Path, target: Path, build: Build) -> None:
             await anyio.to_thread.run_sync(_remove, new)
 
 
+def check_size(size: int) -> None:
+    """Holds what is being built against what all may have together.
+
+    Raises:
+        SandboxError
+    """
+    if size > limit():
+        raise SandboxError(
+            f"an environment has more than {limit() >> 20} MB, and so no place in the cache: give "
+            "it more with METAFLOW_SANDBOX_CACHE=… (MB).",
+            op="prepare",
+            code="cache_failed",
+        )
+
+
 @contextlib.asynccontextmanager
-async def watched(path: Path, too_large: Callable[[], Exception]) -> AsyncIterator[None]:
+async def watched(path: Path) -> AsyncIterator[None]:
     """Ends what goes on inside when a directory that it fills has more than all may have."""
 
     async def watch() -> None:
         while True:
             await anyio.sleep(_WATCH_SECONDS)
-            if (await anyio.to_thread.run_sync(_size, path))["bytes"] > limit():
-                raise too_large()
+            check_size((await anyio.to_thread.run_sync(_size, path))["bytes"])
 
     with plain_errors():
         async with anyio.create_task_group() as tasks:
@@ -212,7 +227,8 @@ def _seal(new: Path, description: str) -> None:
         elif not stat.S_ISLNK(found.st_mode):
             path.unlink()  # a pipe or a socket is nothing that a package has
     new.chmod(_OPEN)
-    record = {"description": description, **_count(new)}
+    record: dict[str, Any] = {"description": description, **_count(new)}
+    check_size(int(record["bytes"]))
     (new / "record.json").write_text(json.dumps(record))
 
 
@@ -238,10 +254,16 @@ def _count(target: Path) -> dict[str, int]:
 
 def _size(top: Path) -> dict[str, int]:
     files = size = 0
+    linked: set[int] = set()
     for folder, _, names in os.walk(top):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # while it is being built
-                files, size = files + 1, size + os.lstat(f"{folder}/{name}").st_size
+                found = os.lstat(f"{folder}/{name}")
+                files += 1
+                if found.st_nlink == 1 or found.st_ino not in linked:
+                    size += found.st_size
+                if found.st_nlink > 1:
+                    linked.add(found.st_ino)
     return {"files": files, "bytes": size}
 
 

@@ -114,18 +114,7 @@ async def archived(backend: Backend, recipe: Recipe, say: Say) -> dict[str, Path
 
 
 async def _copy(sandbox: Sandbox, inside: str, target: Path) -> None:
-    most = cache.limit()
     with open(target, "wb") as file:  # noqa: ASYNC230 - of this disk
         async for piece in sandbox.read(inside):
             file.write(piece)
-            if file.tell() > most:
-                raise too_large()
-
-
-def too_large() -> BuildFailed:
-    """The error for an environment that has no place in the cache."""
-    return BuildFailed(
-        f"the environment has more than {cache.limit() >> 20} MB: give the cache more with "
-        "METAFLOW_SANDBOX_CACHE=… (MB).",
-        op="prepare",
-    )
+            cache.check_size(file.tell())

@@ -140,7 +140,7 @@ class Bubblewrap(Backend):
                 files = await blocking(lambda: dict(recipe.files))
                 sandbox = await self._create(build.spec(self, recipe, files), {prefix: root})
                 try:
-                    async with cache.watched(root, build.too_large):
+                    async with cache.watched(root):
                         await build.install(sandbox, recipe)
                 finally:
                     await sandbox.destroy()
