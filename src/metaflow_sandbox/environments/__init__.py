@@ -186,9 +186,21 @@ def take_over(environment: Any, step: str) -> None:
 
     Metaflow makes the environments of all steps when it begins to package the code,
     whatever their decorators are, and later runs tasks with their interpreters.
+
+    Raises:
+        DependencyError: it isn't Metaflow's own.
     """
     if environment.TYPE not in ("conda", "pypi"):
         return
+    from metaflow.plugins.pypi.conda_environment import CondaEnvironment
+
+    if not isinstance(environment, CondaEnvironment):
+        raise DependencyError(
+            f"--environment={environment.TYPE} is another package's here "
+            f"({type(environment).__module__}), whose environments can't be built in a sandbox. "
+            "Give the step what it needs by image=…, and run without --environment.",
+            op="resolve",
+        )
     taken: set[str] | None = getattr(environment, "_sandboxed_steps", None)
     if taken is None:
         taken = environment._sandboxed_steps = set()

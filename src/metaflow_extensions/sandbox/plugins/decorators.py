@@ -150,12 +150,12 @@ class SandboxDecorator(StepDecorator):
             self.request = Request.from_decorator(self, decos)
             if self.request.backend and self.system_ctx.is_launch:
                 self.request.check()
+            if self.system_ctx.is_launch:
+                from metaflow_sandbox import environments
+
+                environments.take_over(environment, step)
         except SandboxError as e:
             raise SandboxException(f"@{self.name} on step *{step}*: {e}") from None
-        if self.system_ctx.is_launch:
-            from metaflow_sandbox import environments
-
-            environments.take_over(environment, step)
 
     def _refuse_deployers(self) -> None:
         from metaflow._vendor import click
