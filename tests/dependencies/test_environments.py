@@ -244,6 +244,7 @@ def test_a_foreach_shares_one_build_and_runs_at_once_wait_for_it(project, packag
     assert sum("another run builds its environment" in text for text in said) == 1
 
 
+@pytest.mark.heavy
 def test_a_build_that_is_killed_half_way_leaves_nothing_that_counts(project, packages):
     decorators = ["@bubblewrap(network=False)", '@conda(packages={"tomli": "2.2.1"})']
     # The first is ended as soon as something of the environment is on the disk.

@@ -257,6 +257,7 @@ def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_pa
     assert answer(project)[1].startswith("/sandbox/inbox/environments/")
 
 
+@pytest.mark.heavy
 def test_an_image_and_packages_on_top_of_it(project, shared_packages, tmp_path):
     root = images.root_file_system(tmp_path / "rootfs")
     decorators = [f'@bubblewrap(image="{root}", network=False)']
