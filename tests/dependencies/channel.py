@@ -206,3 +206,19 @@ def download(target, *specs):
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, "--only-binary=:all:", "-d", str(target), *specs], check=True)
     return sorted(target.glob("*.whl"))
+
+
+def make_wheel(directory, name, version, files, requires=(), tag="py3-none-any"):
+    """A wheel with these files: {name: text}."""
+    stem = f"{name}-{version}"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "".join(f"Requires-Dist: {r}\n" for r in requires)
+    about = f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n"
+    info = {"METADATA": metadata, "WHEEL": about, "RECORD": ""}
+    path = directory / f"{stem}-{tag}.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for inside, text in files.items():
+            archive.writestr(inside, text)
+        for inside, text in info.items():
+            archive.writestr(f"{stem}.dist-info/{inside}", text)
+    return path

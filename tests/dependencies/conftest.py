@@ -5,7 +5,6 @@ import fcntl
 import os
 import platform
 import sys
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,18 +64,7 @@ class Packages:
 
     def wheel(self, name, version, files, requires=()):
         """Puts a wheel there, with these files: {name: text}."""
-        stem = f"{name}-{version}"
-        path = self.wheels / f"{stem}-py3-none-any.whl"
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        metadata += "".join(f"Requires-Dist: {r}\n" for r in requires)
-        tag = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        info = {"METADATA": metadata, "WHEEL": tag, "RECORD": ""}
-        with zipfile.ZipFile(path, "w") as archive:
-            for inside, text in files.items():
-                archive.writestr(inside, text)
-            for inside, text in info.items():
-                archive.writestr(f"{stem}.dist-info/{inside}", text)
-        return path
+        return channel.make_wheel(self.wheels, name, version, files, requires)
 
     def environments(self):
         base = self.cache / "metaflow-sandbox/environments"

@@ -6,7 +6,9 @@ Nothing is built or run: see `pip_for.py`.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,9 +24,12 @@ _PROGRAM = Path(__file__).with_name("pip_for.py")
 #: Of pip's configuration, what says where packages are and how to get there. The rest
 #: (`user`, `target`, `no-binary`) is about this machine.
 _SOURCES = (
-    "index-url", "extra-index-url", "find-links", "no-index", "trusted-host", "cert",
-    "client-cert", "proxy", "timeout", "default-timeout", "retries", "keyring-provider",
+    "index-url", "no-index", "cert", "client-cert", "proxy", "timeout", "default-timeout",
+    "retries", "keyring-provider",
 )  # fmt: skip
+_LISTS = ("extra-index-url", "find-links", "trusted-host", "constraint")
+#: From the weakest: `pip config list` names each by one of these.
+_SECTIONS = ("global", "install", ":env:")
 NO_PIP = (
     f"packages are found by pip, which {sys.executable} has not. Install it there: "
     "python -m ensurepip (or: uv pip install pip)"
@@ -76,11 +81,12 @@ def download_listed(
         DependencyError
     """
     target.mkdir()
-    file = target.parent / "wheels.txt"
-    file.write_text(listed)
-    command = ["download", "--no-deps", f"--dest={target}"]
+    command = ["download", "--no-deps", f"--dest={target}", *_options(python, platform)]
     command += ["--require-hashes"] if hashed else []
-    _pip([*command, *_options(python, platform), f"--requirement={file}"], python, platform)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(listed)
+        file.flush()
+        _pip([*command, f"--requirement={file.name}"], python, platform)
 
 
 def _requirements(packages: dict[str, str]) -> list[str]:
@@ -124,28 +130,29 @@ def _options(python: str, platform: str) -> list[str]:
     options += [f"--python-version={python}"]
     options += [f"--abi={abi}" for abi in dict.fromkeys(tag.abi for tag in tags)]
     options += [f"--platform={name}" for name in dict.fromkeys(tag.platform for tag in tags)]
-    return [*options, *_sources()]
-
-
-def _sources() -> list[str]:
-    """Where the user's pip looks for packages, as options."""
-    options = []
-    command = [sys.executable, "-I", "-m", "pip", "config", "list"]
-    listed = subprocess.run(command, check=False, capture_output=True, text=True)
-    for line in listed.stdout.splitlines():
-        name, _, value = line.partition("=")
-        name = name.rpartition(".")[2]
-        if name in _SOURCES:
-            try:
-                text = str(ast.literal_eval(value))
-            except (ValueError, SyntaxError):
-                continue
-            if name == "no-index":
-                options += ["--no-index"] if text.lower() in ("1", "true", "yes", "on") else []
-            else:
-                name = name.replace("default-", "")
-                options += [f"--{name}={item}" for item in text.split()]
     return options
+
+
+def _sources() -> dict[str, str]:
+    """Where the user's pip looks for packages, as pip's variables.
+
+    They may have passwords in them, which don't belong onto a command line.
+    """
+    command = [sys.executable, "-I", "-m", "pip", "config", "list"]
+    listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
+    found: list[tuple[int, str, str]] = []
+    for line in listed.splitlines():
+        key, _, value = line.partition("=")
+        section, _, name = key.rpartition(".")
+        if section in _SECTIONS and name in _SOURCES + _LISTS:
+            with contextlib.suppress(ValueError, SyntaxError):
+                found.append((_SECTIONS.index(section), name, str(ast.literal_eval(value))))
+    values: dict[str, str] = {}
+    for _, name, text in sorted(found):
+        if name in _LISTS and name in values:
+            text = f"{values[name]} {text}"  # noqa: PLW2901
+        values[name] = text
+    return {f"PIP_{n.upper().replace('-', '_')}": " ".join(t.split()) for n, t in values.items()}
 
 
 def _markers(python: str, platform: str) -> str:
@@ -166,10 +173,17 @@ def _markers(python: str, platform: str) -> str:
 
 def _pip(words: list[str], python: str, platform: str) -> None:
     command = [sys.executable, "-I", str(_PROGRAM), _markers(python, platform)]
-    command += ["--isolated", "--disable-pip-version-check", "--no-color", "--no-input", *words]
+    command += ["--disable-pip-version-check", "--no-color", "--no-input", *words]
+    others = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    environment = {**others, **_sources(), "PIP_CONFIG_FILE": os.devnull}
     try:
         done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=_SECONDS
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
         raise DependencyError(f"pip did not end within {_SECONDS // 60} minutes.") from None
