@@ -26,7 +26,10 @@ def alone(path):
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A directory of this run of pytest, whose workers share it."""
+    """A directory of this run of pytest, whose workers share it; of many runs if one is named."""
+    if kept := os.environ.get("TEST_PACKAGES"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 

@@ -1,9 +1,13 @@
 """Every way to name packages, with every kind of step beside it."""
 
+import hashlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import channel
@@ -204,21 +208,35 @@ dependencies = [
 dev = ["iniconfig"]
 [[tool.uv.index]]
 url = "{index}"
-format = "flat"
 default = true
 """
 
 
-def test_the_packages_of_uv_lock_without_the_development_ones(project, packages, conda):
-    """On an index that is a directory, so that no network is needed."""
-    for wheel in channel.download(packages.wheels, "iniconfig", "colorama"):
-        assert wheel.exists()
-    for wheel in (conda / "index").glob("*.whl"):
-        (packages.wheels / wheel.name).write_bytes(wheel.read_bytes())
-    project.write("pyproject.toml", UV.format(index=packages.wheels.as_uri()))
+@pytest.fixture
+def index(packages, conda):
+    """The address of an index, on this machine, of the wheels for pip and two more."""
+    channel.download(packages.wheels, "iniconfig", "colorama")
+    root = packages.cache / "index"
+    for wheel in (*packages.wheels.glob("*.whl"), *(conda / "index").glob("*.whl")):
+        directory = root / wheel.name.split("-")[0].lower().replace("_", "-")
+        directory.mkdir(parents=True, exist_ok=True)
+        content = wheel.read_bytes()
+        (directory / wheel.name).write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        with open(directory / "index.html", "a") as page:
+            page.write(f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a>\n')
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=root)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_packages_of_uv_lock_without_the_development_ones(project, packages, index):
+    project.write("pyproject.toml", UV.format(index=index))
     uv = Path(sys.prefix, "bin/uv")
     env = {**project.environment, "UV_CACHE_DIR": str(packages.cache / "uv")}
-    subprocess.run([uv, "lock", "--offline"], cwd=project.directory, env=env, check=True)
+    subprocess.run([uv, "lock"], cwd=project.directory, env=env, check=True)
     script = """
     import sys
     from metaflow import FlowSpec, bubblewrap, step
@@ -241,7 +259,7 @@ def test_the_packages_of_uv_lock_without_the_development_ones(project, packages,
         Deps()
     """
     project.write("flow.py", script)
-    env = {"PATH": f"{Path(sys.prefix, 'bin')}:{project.environment['PATH']}"}
+    env = {"PATH": f"{uv.parent}:{project.environment['PATH']}", "PIP_CONFIG_FILE": os.devnull}
     project.run("flow.py", "--environment=uv", "run", env=env).ok()
     file, executable, there = answer(project)
     assert file.startswith(INSIDE) and executable.startswith(INSIDE)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+from metaflow import metaflow_config
 
 from .. import cache
 from ..concurrency import blocking
@@ -37,6 +38,7 @@ def spec(backend: Backend, recipe: Recipe, files: Mapping[str, Path]) -> Sandbox
         labels={"purpose": "build"},
         lifetime=min(_SECONDS + 600, backend.longest_lifetime or _SECONDS + 600),
         mounts=files,
+        memory=int(metaflow_config.SANDBOX_MEMORY) or None if backend.limits().memory else None,
         image=recipe.image,
         network=False if "none" in backend.limits().network else None,
         options=recipe.options,
