@@ -12,7 +12,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,13 @@ class Environment(ABC):
         """The interpreter that runs the step."""
         return f"{self.prefix(backend)}/bin/python"
 
-    def recipe(self, backend: Backend, workspace: Path, cached: bool = True) -> Recipe:
+    def recipe(
+        self, plain: Recipe, backend: Backend, workspace: Path, cached: bool = True
+    ) -> Recipe:
         """How it is built.
 
         Args:
+            plain: what the step's sandboxes are made from without it.
             workspace: the run's directory, where its packages are put until it is.
             cached: whether one that was built before will do.
         """
@@ -99,7 +102,8 @@ class Environment(ABC):
 
         contents = self.digest if cached else f"{self.digest} {workspace.name}"
         install = (backend.python, "-I", "-S", f"{build}/{INSTALL.name}")
-        return Recipe(
+        return replace(
+            plain,
             files=Fetched(files),
             install=(*install, self.prefix(backend), build),
             prefix=self.prefix(backend),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,15 @@ class Session:
 
             anyio.from_thread.run(told)
 
-        plain = Recipe(request.image, request.setup, options=request.options)
+        plain = Recipe(
+            request.image,
+            request.setup,
+            options=request.options,
+            cpu=request.cpu,
+            memory=request.memory,
+            disk=request.disk,
+            gpu=request.gpu,
+        )
         if environment.TYPE == "local" and not request.executable:
             return await backend.prepare(plain, say), None
         inside = await self._inside(plain, request.executable, backend, say)
@@ -113,8 +120,7 @@ class Session:
         if found is None:
             return await backend.prepare(plain, say), None
         cached = request.cache is not False and not environment._force_rebuild
-        recipe = found.recipe(backend, self.workspace.path, cached)
-        recipe = replace(recipe, image=plain.image, setup=plain.setup, options=plain.options)
+        recipe = found.recipe(plain, backend, self.workspace.path, cached)
         prepared = await backend.prepare(recipe, say)
         if not cached:
             self._discarded.update(prepared.mounts.values())
