@@ -2,7 +2,8 @@
 
     known        Parameters, Configs, constants, the graph: the host's own record
     inherited    the content came from an input: the record of that input
-    new          delivered by this attempt: tainted, unless `trust="all"`
+    new          delivered by this attempt: tainted, unless `trust="all"`; with the classes
+                 that `trust` names
 
 The record decides how an artifact is loaded later, so it is never taken from the
 sandbox. A step could otherwise load something tainted and save it again, with
@@ -19,7 +20,7 @@ from typing import Any
 
 import metaflow  # noqa: F401 - first: it loads the extension, which can't load it half-way
 
-from metaflow_extensions.sandbox.plugins.tainted import MARK, tainted
+from metaflow_extensions.sandbox.plugins.tainted import mark, tainted, unmarked
 
 from ..errors import Rejected
 from .internals import FORBIDDEN, INTERNAL
@@ -46,13 +47,22 @@ class Decision:
 def inherited_records(
     parents: Iterable[tuple[Mapping[str, str], Mapping[str, Record]]],
 ) -> dict[str, Record]:
-    """{key: record} of all inputs; the tainted one where they differ."""
+    """{key: record} of all inputs; the tainted one where they differ, and the stricter of two."""
     records: dict[str, Record] = {}
     for objects, info in parents:
         for name, sha in objects.items():
             if sha not in records or tainted(info[name].get("encoding")):
-                records[sha] = info[name]
+                records[sha] = _stricter(info[name], records.get(sha))
     return records
+
+
+def _stricter(record: Record, other: Record | None) -> Record:
+    """A tainted record, with no class that another one of the same content doesn't name."""
+    if other is None or not tainted(other.get("encoding")):
+        return record
+    classes, encoding = unmarked(record["encoding"])
+    others, _ = unmarked(other["encoding"])
+    return {**record, "encoding": mark(set(classes) & set(others)) + encoding}
 
 
 def decide(
@@ -60,7 +70,7 @@ def decide(
     *,
     known: Mapping[str, tuple[str, Record]],
     inherited: Mapping[str, Record],
-    trust: str,
+    trust: str | tuple[str, ...],
     origin: str,
 ) -> Decision:
     """Goes through what a sandbox claims to have recorded.
@@ -68,7 +78,7 @@ def decide(
     Args:
         known: {name: (key, record)} that no step can change.
         inherited: {key: record} of the inputs.
-        trust: the step's: "data" or "all".
+        trust: the step's: "data", "all", or names of classes.
         origin: pathspec of the task, recorded with what is new.
 
     Raises:
@@ -86,7 +96,10 @@ def decide(
             objects[name], info[name] = sha, inherited[sha]
             continue
         claimed = results.info[name]
-        record = _claimed(claimed) if trust == "all" else _tainted(claimed, name, origin)
+        if trust == "all":
+            record = _claimed(claimed)
+        else:
+            record = _tainted(claimed, name, origin, () if isinstance(trust, str) else trust)
         objects[name], info[name] = sha, record
         new.add(sha)
     return Decision(objects, info, frozenset(new))
@@ -96,12 +109,12 @@ def _text(value: Any, form: re.Pattern[str], default: str) -> str:
     return value if isinstance(value, str) and form.match(value) else default
 
 
-def _tainted(claimed: Record, name: str, origin: str) -> Record:
+def _tainted(claimed: Record, name: str, origin: str, classes: tuple[str, ...]) -> Record:
     kind = _text(claimed.get("type"), _TYPE, "<class 'object'>")
     return {
         "size": 0,  # set when the content was measured
         "type": "<class 'object'>" if kind == _POINTER else kind,
-        "encoding": MARK + _text(claimed.get("encoding"), _ENCODING, "unknown"),
+        "encoding": mark(classes) + _text(claimed.get("encoding"), _ENCODING, "unknown"),
         "serializer_info": {
             "source": "metaflow-sandbox",
             "origin": origin,

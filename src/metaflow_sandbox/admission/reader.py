@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
+from metaflow_extensions.sandbox.plugins.pickles import Refused, load_plain
 
 from ..errors import Rejected
 from .blobs import unpacked
@@ -110,7 +110,7 @@ def read(item: dict[str, Any]) -> dict[str, Any]:
     """The value of one artifact, or why it is refused."""
     try:
         content = unpacked(Path(item["file"]), item["raw"], item["sha"], MAX_BYTES)
-        return {"value": FORMS[item["form"]](load_data(content, Caught))}
+        return {"value": FORMS[item["form"]](load_plain(content, Caught))}
     except (Refused, Rejected) as e:
         return {"refused": str(e)}
 

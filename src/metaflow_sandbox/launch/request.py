@@ -11,6 +11,8 @@ from typing import Any
 from metaflow import metaflow_config
 from metaflow.plugins.timeout_decorator import get_run_time_limit_for_task
 
+from metaflow_extensions.sandbox.plugins.tainted import class_names
+
 from ..backends import registry
 from ..backends.base import Backend, network_kind
 from ..egress.rules import Rules, is_address
@@ -117,7 +119,20 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-_TRUST = {"data": None, "all": None}
+def _trust(value: Any) -> str | tuple[str, ...]:
+    """ "data", "all", or names of classes: a list, or a string where there are dots in it."""
+    if value in ("data", "all"):
+        return str(value)
+    if isinstance(value, str) and "." not in value:
+        raise InvalidParameter(
+            f'trust={value!r}: give "data", "all", or names of classes such as ["pkg.Result"].'
+        )
+    try:
+        return class_names(value)
+    except ValueError as e:
+        raise InvalidParameter(f"trust: {e}.") from None
+
+
 _TRANSFER: dict[str, str | None] = {
     "relay": None,
     "direct": "is not there yet: leave it out, and inputs and results pass through this machine.",
@@ -132,7 +147,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "env": _environment,
     "network": _network,
     "timeout": lambda v: _number("timeout", v, "seconds"),
-    "trust": lambda v: _choice("trust", v, _TRUST),
+    "trust": _trust,
     "transfer": lambda v: _choice("transfer", v, _TRANSFER),
     "setup": lambda v: _list_of_text("setup", v),
     "cache": lambda v: _flag("cache", v),
@@ -164,7 +179,7 @@ class Request:
     env: tuple[str, ...] | dict[str, str] = ()
     network: bool | tuple[str, ...] | None = None
     timeout: int | None = None
-    trust: str = "data"
+    trust: str | tuple[str, ...] = "data"
     transfer: str = "relay"
     setup: tuple[str, ...] = ()
     cache: bool | None = None

@@ -27,8 +27,13 @@ SANDBOX_CACHE = from_conf("SANDBOX_CACHE", 20480)
 # What installs conda packages inside of sandboxes: micromamba, or a directory with
 # bin/micromamba, for the processor that they have. Default: the one that Metaflow uses here.
 SANDBOX_MICROMAMBA = from_conf("SANDBOX_MICROMAMBA")
-# What a host may load of what a sandbox wrote: "data" or "all". See docs/security.md.
+# What a host may load of what a sandbox wrote: "data", names of classes, or "all", for
+# steps that don't say. See docs/security.md.
 SANDBOX_TRUST = from_conf("SANDBOX_TRUST", "data")
+# Classes whose objects this host loads beside that, whatever the step said: "pkg.A,pkg.B".
+SANDBOX_RELEASE = from_conf("SANDBOX_RELEASE")
+# Seconds of CPU that loading one such artifact may take.
+SANDBOX_MAX_LOAD = from_conf("SANDBOX_MAX_LOAD", 60)
 # Sandboxes at once, and creations a second, for backends: "e2b=20,daytona=10". Across
 # all runs of this user on this machine; what isn't named keeps its backend's default.
 SANDBOX_CONCURRENT = from_conf("SANDBOX_CONCURRENT")

@@ -57,8 +57,9 @@ class SandboxDecorator(StepDecorator):
         False for none, True for the public internet, or the hosts that may be reached.
     timeout : int, optional
         Seconds until the step is ended.
-    trust : str, optional
-        What the host may load of what the step leaves: "data" (default) or "all".
+    trust : str or list of str, optional
+        What the host may load of what the step leaves: "data" (default), names of classes, or
+        "all".
     transfer : str, optional
         "relay" (default): inputs and results pass through this machine.
     setup : list of str, optional

@@ -1,21 +1,28 @@
 """Artifacts that a sandbox wrote: marked on admission, judged when somebody loads them.
 
-The host stores what a sandboxed step delivers under an encoding of its own,
-`sandbox-v1+` and what the sandbox said it wrote (`sandbox-v1+pickle-v4`). Inside
-a sandbox such an artifact loads as usual. Anywhere else only plain data is
-loaded, by `pickles.load_data`, and the rest is refused with the ways on; nothing
-is lost, the artifact stays stored. Without this extension Metaflow refuses the
-encoding by itself.
+The host stores what a sandboxed step delivers under an encoding of its own:
 
-The mark is in the encoding because that is all that Metaflow's client passes on;
-steps and `dump` also get the `serializer_info` that the host wrote: `origin` (the
-task's pathspec), `artifact` (its name there), and `source`, which Metaflow names
+    sandbox-v1+pickle-v4                     what `trust="data"` may load
+    sandbox-v1(pkg.A,pkg.B)+pickle-v4        the same, and objects of these classes
+
+What comes after the plus is what the sandbox said it wrote. Inside a sandbox such an
+artifact loads as usual. Anywhere else it is read by `pickles.load_data`, and what that
+refuses is shown on one screen with the ways on; nothing is lost, the artifact stays
+stored. Without this extension Metaflow refuses the encoding by itself.
+
+The mark, and the classes, are in the encoding because that is all that Metaflow's client
+passes on; steps and `dump` also get the `serializer_info` that the host wrote: `origin`
+(the task's pathspec), `artifact` (its name there), and `source`, which Metaflow names
 where the extension is missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from metaflow.datastore.artifacts.serializer import (
@@ -27,10 +34,26 @@ from metaflow.exception import MetaflowException
 
 from .pickles import Refused, load_data
 
-#: What the encoding of an artifact that was written in a sandbox begins with.
-MARK = "sandbox-v1+"
+_VERSION = "sandbox-v1"
+_MARKED = re.compile(re.escape(_VERSION) + r"(?:\(([\w.,]+)\))?\+(.*)\Z", re.S)
+_CLASS = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+\Z")
+#: How many classes one step may name, and their characters together.
+MAX_CLASSES, MAX_CLASS_TEXT = 50, 2000
 #: Set by the agent for the step it runs, and nowhere else.
 WORKLOAD = "METAFLOW_SANDBOX_WORKLOAD"
+ALL = "all"
+
+_released: ContextVar[tuple[str, ...]] = ContextVar("released", default=())
+
+# What of other libraries is data already, for those who read that it was refused.
+_INSTEAD = {
+    "torch": "leave `tensor.numpy()` in the place of a tensor, `state_dict()` as arrays",
+    "PIL": "leave `numpy.asarray(image)` in the place of an image, or the bytes of its file",
+    "polars": "leave `frame.to_dict(as_series=False)` in the place of a frame, or Parquet's bytes",
+    "pyarrow": "leave `table.to_pydict()` in the place of a table, or the bytes of a Parquet file",
+    "scipy": "leave the arrays of a sparse matrix (data, indices, indptr) and its shape",
+    "re": "leave `pattern.pattern` in the place of a compiled pattern",
+}
 
 
 def inside_sandbox() -> bool:
@@ -38,9 +61,95 @@ def inside_sandbox() -> bool:
     return os.environ.get(WORKLOAD) == "1"
 
 
+def mark(classes: Iterable[str] = ()) -> str:
+    """What the encoding of an artifact begins with whose writer was trusted with this."""
+    names = ",".join(sorted(set(classes)))
+    return f"{_VERSION}({names})+" if names else f"{_VERSION}+"
+
+
+MARK = mark()
+
+
 def tainted(encoding: object) -> bool:
     """Whether an artifact of this encoding was written in a sandbox."""
-    return isinstance(encoding, str) and encoding.startswith(MARK)
+    return isinstance(encoding, str) and encoding.startswith(_VERSION)
+
+
+def unmarked(encoding: str) -> tuple[tuple[str, ...], str]:
+    """The classes that may be in an artifact, and what the sandbox said of its encoding.
+
+    Raises:
+        ValueError: the encoding is not one that `mark` begins.
+    """
+    matched = _MARKED.match(encoding)
+    if matched is None:
+        raise ValueError(f"{encoding!r} is no mark of a sandbox")
+    return tuple(matched[1].split(",")) if matched[1] else (), matched[2]
+
+
+def class_names(value: Any) -> tuple[str, ...]:
+    """Names of classes, out of a list or a string with commas.
+
+    Raises:
+        ValueError: something else is among them, with what to write.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(  # noqa: TRY004 - one kind of error for what a user gave
+            'give names of classes, such as ["pkg.Result"]'
+        )
+    found = []
+    for name in names:
+        if isinstance(name, type):
+            raise ValueError(  # noqa: TRY004
+                f'name the class: "{name.__module__}.{name.__qualname__}"'
+            )
+        if not isinstance(name, str) or not _CLASS.match(name.strip()):
+            raise ValueError(f'{name!r} is not a name of a class, such as "pkg.Result"')
+        found.append(name.strip())
+    if len(found) > MAX_CLASSES or sum(map(len, found)) > MAX_CLASS_TEXT:
+        raise ValueError(
+            f"give at most {MAX_CLASSES} classes, whose names have {MAX_CLASS_TEXT} characters"
+        )
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def trusting(*what: str) -> Iterator[None]:
+    """Lets this thread load more of what sandboxes wrote, for as long as the context lasts.
+
+    Args:
+        what: names of classes whose objects may be loaded, as the refusal names them; or
+            "all": whatever there is, as Metaflow loads it. The code that this runs, and
+            the data it is given, are the sandboxed step's choice.
+
+    Raises:
+        ValueError: a name is not one of a class.
+    """
+    if not what:
+        raise ValueError('give names of classes, such as "pkg.Result", or "all"')
+    names = what if what == (ALL,) else class_names(what)
+    token = _released.set(_released.get() + tuple(names))
+    try:
+        yield
+    finally:
+        _released.reset(token)
+
+
+def _configured() -> tuple[str, ...]:
+    from metaflow import metaflow_config
+
+    released = metaflow_config.SANDBOX_RELEASE
+    try:
+        return class_names(released) if released else ()
+    except ValueError as e:
+        raise MetaflowException(f"METAFLOW_SANDBOX_RELEASE: {e}.") from None
+
+
+def _seconds() -> float:
+    from metaflow import metaflow_config
+
+    return float(metaflow_config.SANDBOX_MAX_LOAD)
 
 
 class ArtifactRefused(MetaflowException):
@@ -48,15 +157,25 @@ class ArtifactRefused(MetaflowException):
 
     def __init__(self, metadata: Any, refused: object) -> None:
         info = metadata.serializer_info or {}
+        where = f"{info['origin']}/{info['artifact']}" if "artifact" in info else "FLOW/…/ARTIFACT"
         name = f"`{info['artifact']}` of {info['origin']}" if "artifact" in info else "The artifact"
         kind = f" ({metadata.obj_type})" if metadata.obj_type else ""
+        named = getattr(refused, "name", None) or ""
+        cls = named if _CLASS.match(named) else "pkg.Class"
+        instead = _INSTEAD.get(
+            cls.partition(".")[0],
+            "let the step leave data: numbers, text, containers, dates, arrays, frames",
+        )
         super().__init__(
             f"{name}{kind} is refused: {refused}.\n\n"
             "Loading it here would run code that the sandboxed step chose, on this machine.\n"
             "The artifact is stored and nothing is lost. You can\n"
-            "  - let the step leave plain data: numbers, strings, bytes, lists, dicts, sets;\n"
+            f"  - {instead};\n"
             "  - read it in a step that runs in a sandbox itself (@sandbox on that step);\n"
-            '  - run the step that wrote it with trust="all", if you trust its code and input.'
+            f'  - name its class where it is written: @sandbox(trust=["{cls}"]), or trust="all",\n'
+            "    if you trust that code with whatever the step gives it;\n"
+            f"  - release this one: metaflow-sandbox release {where}\n"
+            f'  - in a notebook: from metaflow_sandbox import trusting; with trusting("{cls}"): …'
         )
 
 
@@ -82,14 +201,19 @@ class TaintedPickle(ArtifactSerializer):
     def deserialize(
         cls, data: Any, metadata: Any = None, format: Any = SerializationFormat.STORAGE
     ) -> Any:
-        inner = metadata._replace(encoding=metadata.encoding[len(MARK) :])
-        if inside_sandbox():
+        try:
+            classes, encoding = unmarked(metadata.encoding)
+        except ValueError as e:
+            raise ArtifactRefused(metadata, e) from None
+        released = _released.get()
+        if inside_sandbox() or ALL in released:
+            inner = metadata._replace(encoding=encoding)
             for serializer in SerializerStore.get_ordered_serializers():
                 if serializer.can_deserialize(inner):
                     return serializer.deserialize(data, inner, format=format)
-        if not inner.encoding.startswith("pickle-"):
-            raise ArtifactRefused(metadata, f"it is stored as `{inner.encoding}`")
+        if not encoding.startswith("pickle-"):
+            raise ArtifactRefused(metadata, f"it is stored as `{encoding}`")
         try:
-            return load_data(data[0])
+            return load_data(data[0], {*classes, *released, *_configured()}, _seconds())
         except Refused as e:
             raise ArtifactRefused(metadata, e) from None

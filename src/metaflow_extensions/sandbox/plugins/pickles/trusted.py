@@ -1,0 +1,116 @@
+"""Rules for classes that the user named: their objects may be in what is loaded, and run.
+
+A class is the one of that very name, so that no name of something else's leads to it. Its
+objects are made by `__new__` (NEWOBJ) and get their state as pickle gives it; members of
+an enum are looked up. Nothing else of it can be called: no other function, no method, no
+`__reduce__` of its own.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+import types
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from .grammar import Refused, Rule, Rules, items_of, mark_of, odd, value_of
+from .stdlib import RULES as _STDLIB
+
+if TYPE_CHECKING:
+    from .opcodes import Machine
+
+_GETATTR = "builtins.getattr"
+
+
+def rules(classes: Iterable[str]) -> Rules:
+    """{name: rule} for classes. Their modules are imported when a pickle names them."""
+    found = {name: _rule(name) for name in classes}
+    found[_GETATTR] = Rule(call=_getattr)
+    return found
+
+
+def _rule(name: str) -> Rule:
+    def new(machine: Machine, args: tuple[Any, ...]) -> Any:
+        cls = _class(name)
+        if issubclass(cls, enum.Enum):  # which would give the member itself, to be changed
+            raise odd("an enum has a member")
+        made = cls.__new__(cls, *(value_of(a) for a in args))
+        if type(made) is not cls:
+            raise Refused(f"`{name}` makes objects of another class", name)
+        return machine.own(made, lambda state: _build(machine, made, state))
+
+    def call(machine: Machine, args: tuple[Any, ...]) -> Any:
+        cls = _class(name)
+        if not issubclass(cls, enum.Enum):
+            raise Refused(f"`{name}` is made by a call, which may be any code of it", name)
+        if len(args) != 1:
+            raise odd("an enum has a member")
+        return _member(cls, value_of(args[0]))
+
+    return Rule(call=call, new=new, mark=name)
+
+
+def _class(name: str) -> Any:
+    """The class of that name.
+
+    Raises:
+        Refused: there is none here, or what has the name is something else.
+    """
+    module, _, rest = name.rpartition(".")
+    inner = [rest]
+    while True:
+        try:
+            found: Any = sys.modules.get(module) or importlib.import_module(module)
+        except ImportError:
+            module, _, outer = module.rpartition(".")
+            inner.insert(0, outer)
+            if module:
+                continue
+            raise Refused(f"`{name}` can't be imported here", name) from None
+        break
+    for part in inner:
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != name:
+        raise Refused(f"there is no class `{name}` here", name)
+    return found
+
+
+def _member(cls: Any, value: Any) -> Any:
+    for member in cls.__members__.values():
+        if type(member.value) is type(value) and member.value == value:
+            return member
+    if issubclass(cls, enum.Flag) and type(value) is int:
+        return cls(value)
+    raise odd("an enum has a member")
+
+
+def _getattr(machine: Machine, args: tuple[Any, ...]) -> Any:
+    """How some versions of Python write members of an enum: by their name."""
+    if len(args) == 2 and type(args[1]) is str and (name := mark_of(args[0])) in machine.rules:
+        cls = _class(str(name))
+        if issubclass(cls, enum.Enum) and args[1] in cls.__members__:
+            return cls.__members__[args[1]]
+    return _STDLIB[_GETATTR].call(machine, args)  # type: ignore[misc]
+
+
+def _build(machine: Machine, made: Any, state: Any) -> None:
+    """As `pickle` does it, but for what it sets: own fields, and declared slots."""
+    if (setstate := getattr(made, "__setstate__", None)) is not None:
+        setstate(value_of(state))
+        return
+    fields, slots = value_of(state), None
+    if type(fields) is tuple:
+        fields, slots = items_of(fields) if len(fields) == 2 else (0, 0)
+    for part in (fields, slots):
+        if part is not None and (type(part) is not dict or any(type(k) is not str for k in part)):
+            raise odd("an object has a state")
+    if fields:
+        machine.charge_items(dict, len(fields))
+        made.__dict__.update({sys.intern(k): v for k, v in fields.items()})
+    for key, value in (slots or {}).items():
+        slot = next((c.__dict__[key] for c in type(made).__mro__ if key in c.__dict__), None)
+        if not isinstance(slot, types.MemberDescriptorType):
+            raise odd("an object has a state")
+        slot.__set__(made, value)
