@@ -117,6 +117,45 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     enter(backend, name, command)
 
 
+@main.command()
+@click.argument("artifact")
+@click.option("--trust", "classes", multiple=True, help="A class that may be in it; repeatable.")
+@click.option("--all", "everything", is_flag=True, help="Load it as Metaflow loads any other.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+def release(artifact: str, classes: tuple[str, ...], everything: bool, yes: bool) -> None:
+    """Lets an artifact that a sandbox wrote be loaded on this side, after showing what it names.
+
+    ARTIFACT is FLOW/RUN/STEP/TASK/NAME. Without --trust or --all, the classes are those
+    that it names. Their code, and whatever it is given, then runs where the artifact is loaded.
+    """
+    from . import release as releasing
+
+    try:
+        found = releasing.find(artifact)
+        click.echo(f"{artifact}")
+        click.echo(f"    written as    {found.origin}, in a sandbox")
+        click.echo(f"    type          {found.kind}, as the sandbox says")
+        click.echo(f"    size          {found.size:,} bytes, as {found.encoding}")
+        click.echo(f"    loaded now    {'no: ' + found.refused if found.refused else 'yes'}")
+        click.echo(f"    may have      {', '.join(found.classes) or 'data only'}")
+        click.echo(f"    names         {', '.join(found.names) or 'nothing but data'}")
+        wanted = None if everything else releasing.chosen(found, classes)
+        what = "anything, as Metaflow loads it" if wanted is None else ", ".join(wanted)
+        if not yes:
+            click.confirm(f"Load {what} out of it from now on?", abort=True)
+        changed, kept = releasing.release(found, wanted)
+    except SandboxError as e:
+        raise click.ClickException(str(e)) from None
+    for path in changed:
+        click.echo(f"released {path}")
+    if kept:
+        click.echo(
+            "The metadata service keeps its own records, so Metaflow's client goes on refusing it; "
+            "steps, resume and dump do not. In a notebook: metaflow_sandbox.trusting(…).",
+            err=True,
+        )
+
+
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     try:

@@ -51,7 +51,8 @@ LAYERS = {
     },
     "testing": {"errors", "backends"},
     "manage": {"errors", "leases", "backends"},
-    "cli": {"errors", "backends", "manage", "cache"},
+    "release": {"errors"},
+    "cli": {"errors", "backends", "cache", "manage", "release"},
 }
 
 

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from metaflow.datastore.artifacts.serializer import SerializationMetadata
 from metaflow.exception import MetaflowExceptionWrapper
 
-from metaflow_extensions.sandbox.plugins.pickles import opcodes
-from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
+from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, opcodes
 from metaflow_extensions.sandbox.plugins.tainted import MARK, ArtifactRefused, TaintedPickle
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -752,7 +751,15 @@ def test_outside_of_a_sandbox_plain_data_loads_and_the_rest_is_refused_with_the_
     assert deserialize(pickle.dumps([1, "x"], 4)) == [1, "x"]
     with pytest.raises(ArtifactRefused, match="os.system") as refused:
         deserialize(b"\x80\x04" + HOSTILE["GLOBAL, REDUCE"] + b".")
-    for words in ("`x` of F/1/s/2", "leave data", "@sandbox", 'trust="all"', 'trust=["os.system"]', "release F/1/s/2/x", "trusting("):
+    for words in (
+        "`x` of F/1/s/2",
+        "leave data",
+        "@sandbox",
+        'trust="all"',
+        'trust=["os.system"]',
+        "release F/1/s/2/x",
+        "trusting(",
+    ):
         assert words in str(refused.value)
 
 

@@ -29,10 +29,15 @@ from .grammar import Refused
 from .names import names
 from .opcodes import Machine
 
-__all__ = ["Refused", "load_data", "load_plain", "names"]
+__all__ = ["Refused", "load_data", "load_plain", "names", "rules"]
 
 #: What `trust="data"` stands for.
 _RULES = {**builtins.RULES, **stdlib.RULES, **numpy.RULES, **pandas.RULES}
+
+
+def rules() -> frozenset[str]:
+    """The names that data may have in its pickle."""
+    return frozenset(_RULES)
 
 
 def load_data(data: bytes, classes: Iterable[str] = (), seconds: float | None = None) -> Any:
