@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps deps faults soak docs clean
+.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,15 @@ bench-start: $(VENV)/dev
 
 bench-deps: $(VENV)/dev
 	$(BIN)/python benchmarks/dependencies.py
+
+bench-pickles: $(VENV)/dev
+	$(BIN)/python benchmarks/pickles.py
+
+# Bytes that are guided by what they reach in the interpreter of pickles; needs atheris.
+FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/dev
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/python tests/fuzz/fuzz_pickles.py $(FUZZ_SECONDS)
 
 docs: $(VENV)/dev
 	$(BIN)/python -m mkdocs build --quiet --strict

@@ -105,7 +105,8 @@ def test_a_setting_releases_what_was_refused(refused):
     setting = {"METAFLOW_SANDBOX_RELEASE": "things.Point,things.Color"}
     assert "POINT 3 Color.RED" in refused.run("flow.py", "resume", env=setting).ok().output
     assert refused.client(ASK, env=setting) == ["Point", "Point", "Point", "ArtifactRefused"]
-    assert refused.client(ASK) == ["ArtifactRefused"] * 4
+    # What a plain step loaded, it saved again itself.
+    assert refused.client(ASK) == ["ArtifactRefused", "ArtifactRefused", "Point", "ArtifactRefused"]
 
 
 def test_a_context_releases_what_was_refused_and_for_no_longer(refused):

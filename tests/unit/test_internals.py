@@ -15,7 +15,7 @@ from metaflow.exception import MetaflowExceptionWrapper, MetaflowInternalError
 from metaflow.task import MetaflowTask
 from metaflow.tuple_util import ForeachFrame
 
-from metaflow_extensions.sandbox.plugins.tainted import MARK
+from metaflow_extensions.sandbox.plugins.tainted import MARK, mark, tainted, unmarked
 from metaflow_sandbox.admission import reader
 from metaflow_sandbox.admission.artifacts import decide, inherited_records
 from metaflow_sandbox.admission.internals import (
@@ -619,3 +619,43 @@ def test_a_trusted_record_of_any_depth_is_kept_or_rejected():
             decided({"x": SHAS["a"]}, {"x": claim}, trust="all")
         except Rejected:
             pass
+
+
+def with_classes(*classes):
+    return {**TAINTED, "encoding": mark(classes) + "pickle-v4"}
+
+
+def test_what_is_new_may_have_the_classes_that_trust_names():
+    decision = decided({"x": SHAS["a"]}, trust=("pkg.B", "pkg.A"))
+    assert decision.info["x"]["encoding"] == "sandbox-v1(pkg.A,pkg.B)+pickle-v4"
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_where_inputs_have_other_classes_only_those_of_both_may_be_in_it(order):
+    two = [with_classes("pkg.A", "pkg.B"), with_classes("pkg.B", "pkg.C")]
+    for first, second, expected in [(*two, ("pkg.B",)), (TAINTED, two[0], ())]:
+        parents = [({"x": SHAS["a"]}, {"x": first}), ({"y": SHAS["a"]}, {"y": second})][::order]
+        record = inherited_records([*parents, ({"z": SHAS["a"]}, {"z": PICKLED})])[SHAS["a"]]
+        assert unmarked(record["encoding"]) == (expected, "pickle-v4")
+
+
+def test_a_step_that_is_trusted_with_classes_can_not_give_them_to_what_it_inherited():
+    decision = decided({"x": SHAS["b"]}, inherited={SHAS["b"]: TAINTED}, trust=("pkg.A",))
+    assert decision.info == {"x": TAINTED}
+
+
+@pytest.mark.parametrize(
+    "claim", ["(pkg.A)+pickle-v4", "sandbox-v1(pkg.A)+pickle-v4", ")+x", "a,b"]
+)
+def test_a_sandbox_can_not_name_classes_by_what_it_claims(claim):
+    info = decided({"x": SHAS["a"]}, {"x": {**PICKLED, "encoding": claim}}).info
+    assert unmarked(info["x"]["encoding"]) == ((), "unknown")
+
+
+@pytest.mark.parametrize(
+    "encoding", ["sandbox-v1", "sandbox-v2+x", "sandbox-v1()+x", "sandbox-v1(a;b)+x"]
+)
+def test_a_mark_that_is_not_understood_is_one_still(encoding):
+    assert tainted(encoding) == encoding.startswith("sandbox-v1")
+    with pytest.raises(ValueError, match="no mark"):
+        unmarked(encoding)

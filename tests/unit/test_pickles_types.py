@@ -19,7 +19,7 @@ import numpy
 import pandas
 import pytest
 import pytz
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 from hypothesis.extra import pandas as hp
@@ -28,7 +28,14 @@ from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, name
 
 PROTOCOLS = st.sampled_from([2, 3, 4, 5])
 EVERY = pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-fuzzing = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Shrinking what is drawn from so much takes minutes, and the values are short anyway.
+fuzzing = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+frames = settings(fuzzing, max_examples=20)
 
 
 def same(a, b):
@@ -79,6 +86,8 @@ def same(a, b):
     elif isinstance(a, (datetime.datetime, datetime.time)):
         assert (a.replace(tzinfo=None), a.fold) == (b.replace(tzinfo=None), b.fold)
         assert str(a.tzinfo) == str(b.tzinfo) and type(a.tzinfo) is type(b.tzinfo)
+    elif isinstance(a, array.array):
+        assert (a.typecode, a.tobytes()) == (b.typecode, b.tobytes())
     elif isinstance(a, types.SimpleNamespace):
         same(vars(a), vars(b))
     elif isinstance(a, datetime.tzinfo):
@@ -268,18 +277,18 @@ columns = st.lists(
         name=st.uuids().map(str),
         dtype=st.sampled_from(["int64", "float64", "bool", "datetime64[ns]", "timedelta64[ns]"]),
     )
-    | st.builds(hp.column, name=st.uuids().map(str), elements=st.text(max_size=3)),
+    | st.builds(hp.column, name=st.uuids().map(str), elements=st.just(st.text(max_size=3))),
     max_size=5,
 )
 
 
-@fuzzing
+@frames
 @given(value=columns.flatmap(lambda c: hp.data_frames(c, index=indexes)), protocol=PROTOCOLS)
 def test_frames_load_as_pickle_loads_them(value, protocol):
     check(value, protocol)
 
 
-@fuzzing
+@frames
 @given(
     value=hp.series(elements=nested.filter(lambda v: not isinstance(v, dict)), dtype=object),
     protocol=PROTOCOLS,

@@ -200,7 +200,10 @@ def test_a_value_of_a_variable_is_a_secret_that_no_message_shows():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("trust", ["pkg.Result"]),
+        ("trust", ["Result"]),
+        ("trust", [int]),
+        ("trust", ["pkg.Result"] * 51),
+        ("trust", ["pkg.Result)+pickle-v4"]),
         ("trust", {"data": True}),
         ("transfer", ["relay"]),
         ("keep", ["on-failure"]),
@@ -480,3 +483,15 @@ async def test_a_backend_that_prepares_nothing_refuses_to():
     assert await Theirs().prepare(Recipe("an:image")) == Prepared("an:image")
     with pytest.raises(NotEnforceable, match="prepare"):
         await Theirs().prepare(Recipe("an:image", ("apt-get update",)))
+
+
+@pytest.mark.parametrize(
+    "given", [["pkg.A", "__main__.B"], "pkg.A,__main__.B", "pkg.A, __main__.B"]
+)
+def test_trust_may_be_names_of_classes(given):
+    assert a_request(trust=given).trust == ("pkg.A", "__main__.B")
+
+
+def test_a_class_in_the_place_of_its_name_is_answered_with_its_name():
+    with pytest.raises(InvalidParameter, match=r'"collections.Counter"'):
+        a_request(trust=[__import__("collections").Counter])

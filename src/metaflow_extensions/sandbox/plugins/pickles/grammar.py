@@ -163,6 +163,19 @@ def items_of(item: Any) -> tuple[Any, ...]:
     return item
 
 
+def attributes(fields: Any) -> dict[str, Any]:
+    """What may become an object's attributes: names that are nothing to Python itself.
+
+    Those would be found before what the class has, by `pickle` and `copy` among others.
+    """
+    if type(fields) is not dict:
+        raise odd("an object has a state")
+    for key in fields:
+        if type(key) is not str or (key.startswith("__") and key.endswith("__")):
+            raise odd("an object has a state")
+    return fields
+
+
 def fields_of(item: Any, *names: str) -> dict[str, Any]:
     """A copy of a dict that has no other keys than these."""
     state = value_of(item)

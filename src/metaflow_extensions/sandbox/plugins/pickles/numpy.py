@@ -114,19 +114,24 @@ def _dtype_of_arrays(numpy: Any, base: Any, size: int) -> Any:
 
 
 def _structured(numpy: Any, names: Any, fields: Any, size: int, aligned: bool) -> Any:
-    if type(names) is not tuple or type(fields) is not dict or set(names) != set(fields):
+    if type(names) is not tuple or type(fields) is not dict or not 0 < len(names) <= _FIELDS:
         raise odd("a dtype has fields")
-    if not 0 < len(names) <= _FIELDS or any(type(n) is not str or not n for n in names):
-        raise odd("a dtype has fields")
-    formats, offsets = [], []
+    formats, offsets, titles = [], [], []
     for name in names:
-        kind, offset = items_of(fields[name])
+        kind, offset, *title = items_of(fields.get(name))
         _plain_dtype(numpy, kind)
         if type(offset) is not int or not 0 <= offset <= size - kind.itemsize:
             raise odd("a dtype has fields")
+        if any(type(text) is not str or not text for text in (name, *title)) or len(title) > 1:
+            raise odd("a dtype has fields")
         formats.append(kind)
         offsets.append(offset)
+        titles.append(title[0] if title else None)
+    if set(fields) != {*names, *filter(None, titles)}:
+        raise odd("a dtype has fields")
     layout = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": size}
+    if any(titles):
+        layout["titles"] = titles
     made = numpy.dtype(layout, align=aligned)
     if made.itemsize != size or made.hasobject or _depth(made) > _NESTED:
         raise odd("a dtype has fields")
@@ -229,7 +234,9 @@ def _with_contents(machine: Machine, state: tuple[Any, ...]) -> Any:
     viewed = _viewed(numpy, state[4], kind, shape, "F" if fortran else "C")
     made = _own(machine, numpy, viewed, _content(state[4]))
     # As numpy does it when it unpickles.
-    return made if made.dtype.isnative or kind.names else made.astype(kind.newbyteorder("="))
+    if made.dtype.isnative or kind.names:
+        return made
+    return made.byteswap(inplace=True).view(kind.newbyteorder("="))
 
 
 def _own(machine: Machine, numpy: Any, viewed: Any, content: Any) -> Any:

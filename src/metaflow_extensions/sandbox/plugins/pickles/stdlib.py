@@ -28,6 +28,7 @@ from .grammar import (
     Refused,
     Rule,
     Rules,
+    attributes,
     fields_of,
     mark_of,
     odd,
@@ -289,9 +290,7 @@ def _namespace(machine: Machine, args: tuple[Any, ...]) -> types.SimpleNamespace
     made = types.SimpleNamespace()
 
     def build(state: Any) -> None:
-        fields = value_of(state)
-        if type(fields) is not dict or any(type(k) is not str for k in fields):
-            raise odd("a SimpleNamespace has a state")
+        fields = attributes(value_of(state))
         machine.charge_items(dict, len(fields))
         made.__dict__.update(fields)
 

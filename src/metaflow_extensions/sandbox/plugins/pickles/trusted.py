@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .grammar import Refused, Rule, Rules, items_of, mark_of, odd, value_of
+from .grammar import Refused, Rule, Rules, attributes, items_of, mark_of, odd, value_of
 from .stdlib import RULES as _STDLIB
 
 if TYPE_CHECKING:
@@ -103,13 +103,11 @@ def _build(machine: Machine, made: Any, state: Any) -> None:
     fields, slots = value_of(state), None
     if type(fields) is tuple:
         fields, slots = items_of(fields) if len(fields) == 2 else (0, 0)
-    for part in (fields, slots):
-        if part is not None and (type(part) is not dict or any(type(k) is not str for k in part)):
-            raise odd("an object has a state")
+    fields, slots = (attributes(part or {}) for part in (fields, slots))
     if fields:
         machine.charge_items(dict, len(fields))
         made.__dict__.update({sys.intern(k): v for k, v in fields.items()})
-    for key, value in (slots or {}).items():
+    for key, value in slots.items():
         slot = next((c.__dict__[key] for c in type(made).__mro__ if key in c.__dict__), None)
         if not isinstance(slot, types.MemberDescriptorType):
             raise odd("an object has a state")
