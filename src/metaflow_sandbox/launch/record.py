@@ -243,10 +243,10 @@ class Recorder:
         if results.cards:
             save_cards(
                 self.flow_datastore,
-                [
+                (  # one in memory at a time: wrapped, they may be several times as large
                     (f"{folder}/{name}", io.BytesIO(wrap(path.read_bytes())))
                     for name, path in results.cards.items()
-                ],
+                ),
             )
 
     def _end(self, succeeded: bool) -> None:

@@ -62,4 +62,4 @@ def save_cards(flow_datastore: Any, cards: Iterable[tuple[str, Any]]) -> None:
     from metaflow.plugins.cards.card_datastore import CardDatastore
 
     root = CardDatastore.get_storage_root(flow_datastore.TYPE)
-    type(flow_datastore._storage_impl)(root).save_bytes(list(cards), overwrite=True)
+    type(flow_datastore._storage_impl)(root).save_bytes(iter(cards), overwrite=True)
