@@ -16,7 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...errors import BackendUnavailable, NotEnforceable, SandboxError
+from anyio.from_thread import BlockingPortalProvider
+
+from ...errors import BackendUnavailable, NotEnforceable
 from ...leases import living
 from ..base import (
     Backend,
@@ -51,8 +53,10 @@ class Boxlite(Backend):
     python = "python3"
     #: What sandboxes are made from where a step doesn't say.
     default_image = f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"
-    #: The first process of a guest, which has nothing to do.
-    idle = ("sleep", "infinity")
+
+    def __init__(self) -> None:
+        #: The thread in which the proxies of this process's sandboxes run.
+        self.portals = BlockingPortalProvider()
 
     def provider(self) -> str:
         """boxlite, with its version."""

@@ -20,6 +20,7 @@ base64 make of the data, and `;`. Newlines between them mean nothing.
 Standard library only; the host trusts nothing that comes from here.
 """
 
+import array
 import base64
 import contextlib
 import ctypes
@@ -30,16 +31,24 @@ import select
 import selectors
 import shutil
 import signal
+import socket
 import stat
+import zlib
 
 PR_SET_CHILD_SUBREAPER = 36
 #: Frames on their way at once: what the host need hold for a reader that is slow.
 WINDOW = 32
 PIECE = 64 << 10
+#: The frames that the window counts.
+COUNTED = ("o", "e", "d", "c")
 
 TYPE_CHECKING = False  # as type checkers know it, without the milliseconds of importing `typing`
 if TYPE_CHECKING:
     from typing import Any
+
+
+#: Where `connect` finds `listen`: a name that exists in the guest's network alone.
+MEETING = "\0metaflow-sandbox-proxy"
 
 
 class HungUp(Exception):
@@ -61,7 +70,10 @@ class Line:
         frame = memoryview(kind.encode() + packed + b";\n")
         while frame:
             frame = frame[os.write(1, frame) :]
-        self._waiting += 1
+        self._waiting += kind in COUNTED
+
+    def acknowledged(self, number: int) -> None:
+        self._waiting -= number
 
     def heard(self) -> None:
         """Takes in acknowledgements.
@@ -72,7 +84,7 @@ class Line:
         data = os.read(0, 4096)
         if not data:
             raise HungUp
-        self._waiting -= data.count(b"+")
+        self.acknowledged(data.count(b"+"))
 
     def wait(self) -> None:
         """Returns when there is room for a frame."""
@@ -237,7 +249,87 @@ def write_file(request: "dict[str, Any]", _line: Line) -> int:
     return 0
 
 
-OPERATIONS = {"exec": run_command, "read": read_file, "write": write_file}
+def listen(request: "dict[str, Any]", line: Line) -> int:
+    """Says of each connection to the proxy's port, and hands it to who asks for its number."""
+    listener = socket.create_server(("127.0.0.1", request["port"]), backlog=128)
+    meeting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    meeting.bind(MEETING)
+    meeting.listen(128)
+    line.send("c", b"0")  # it listens now
+    waiting, number = {}, 0
+    with selectors.DefaultSelector() as selector:
+        for source in (0, listener, meeting):
+            selector.register(source, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fd == 0:
+                    line.heard()
+                elif key.fileobj is listener:
+                    number += 1
+                    waiting[number] = listener.accept()[0]
+                    line.wait()
+                    line.send("c", b"%d" % number)
+                else:
+                    with meeting.accept()[0] as asking, contextlib.suppress(OSError, ValueError):
+                        asking.settimeout(5)
+                        with waiting.pop(int(asking.recv(16)), socket.socket()) as found:
+                            rights = array.array("i", [found.fileno()]).tobytes()
+                            asking.sendmsg([b"+"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+
+def connect(request: "dict[str, Any]", line: Line) -> int:
+    """Carries one connection to the host and back."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.connect(MEETING)
+        asking.send(b"%d" % request["number"])
+        _, rights, _, _ = asking.recvmsg(1, socket.CMSG_SPACE(4))
+    program = socket.socket(fileno=array.array("i", rights[0][2])[0])
+    received = b""
+    here, there = True, True  # whether each end may still say something
+    with selectors.DefaultSelector() as selector:
+        selector.register(0, selectors.EVENT_READ)
+        while here or there:
+            listening = program in selector.get_map()
+            if listening != (here and not line.full):
+                if listening:
+                    selector.unregister(program)
+                else:
+                    selector.register(program, selectors.EVENT_READ)
+            for key, _ in selector.select():
+                if key.fileobj is program:
+                    data = program.recv(PIECE)
+                    here = bool(data)
+                    line.send("d" if data else "f", data)
+                    continue
+                piece = os.read(0, PIECE)
+                if not piece:
+                    raise HungUp
+                received += piece
+                while received:
+                    if received[:1] == b"+":
+                        line.acknowledged(1)
+                        received = received[1:]
+                    elif received[:1] == b"f":
+                        there, received = False, received[1:]
+                        with contextlib.suppress(OSError):
+                            program.shutdown(socket.SHUT_WR)
+                    else:
+                        end = 5 + int.from_bytes(received[1:5], "big")
+                        if len(received) < max(5, end):
+                            break
+                        program.sendall(received[5:end])
+                        received = received[end:]
+                        line.send("k", b"")
+    return 0
+
+
+OPERATIONS = {
+    "exec": run_command,
+    "read": read_file,
+    "write": write_file,
+    "listen": listen,
+    "connect": connect,
+}
 
 
 def main() -> None:

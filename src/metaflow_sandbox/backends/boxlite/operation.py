@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 
 from ...errors import ProtocolError, SandboxGone
-from .inside import PIECE
+from .inside import COUNTED, PIECE
 from .processes import settled
 
 T = TypeVar("T")
@@ -25,8 +25,6 @@ PROGRAM = ".inside.py"
 _ACKNOWLEDGE = 8  # frames; a quarter of the program's window
 _MAX_FRAME = 2 * PIECE
 _END_SECONDS = 10.0
-#: Frames whose number the program limits.
-_COUNTED = ("o", "e", "d")
 
 
 class Life:
@@ -133,7 +131,7 @@ class Operation:
                 raise ProtocolError("the microVM sends what is no frame", op="exec")
             self._frames = [_parsed(frame.strip()) for frame in whole]
         kind, data = self._frames.pop(0)
-        self._taken += kind in _COUNTED
+        self._taken += kind in COUNTED
         return kind, data
 
     async def end(self) -> None:

@@ -20,10 +20,11 @@ import anyio
 import anyio.lowlevel
 
 from ...concurrency import blocking
+from ...egress.rules import Rules
 from ...errors import SandboxError, SandboxGone
 from ...leases import Lease
 from ..base import Sandbox, SandboxSpec, Sink, discard
-from . import inside, processes
+from . import inside, network, processes
 from .faults import explained, starts_slowly
 from .operation import PROGRAM, Life, operation
 from .runtime import Runtime
@@ -59,6 +60,7 @@ class BoxliteSandbox(Sandbox):
         self._ended = False
         self._expired = False
         self._numbers = count()
+        self._gate: network.Gate | None = None
 
     @classmethod
     async def start(cls, backend: Boxlite, spec: SandboxSpec, layout: Path) -> BoxliteSandbox:
@@ -72,6 +74,8 @@ class BoxliteSandbox(Sandbox):
         try:
             await made._boot_patiently()
             await made._make_work()
+            if spec.network is not False:
+                await made._open_gate()
         except BaseException:
             await made.destroy()
             raise
@@ -160,6 +164,11 @@ class BoxliteSandbox(Sandbox):
                 op="create",
             )
 
+    async def _open_gate(self) -> None:
+        listed = None if self._spec.network in (None, True) else tuple(self._spec.network or ())  # type: ignore[arg-type]
+        self._gate = network.Gate(self.backend.portals)
+        await self._gate.open(self._operation, Rules(hosts=listed), self._lease.path)
+
     def _expire(self) -> None:
         self._expired = True
         if self._life is not None:
@@ -202,7 +211,7 @@ class BoxliteSandbox(Sandbox):
     ) -> int:
         request = {
             "op": "exec", "argv": list(argv), "cwd": cwd or self.backend.work,
-            "env": dict(env or {}),
+            "env": {**(network.variables() if self._gate else {}), **(env or {})},
         }  # fmt: skip
         sinks = {"o": on_stdout, "e": on_stderr}
         with anyio.fail_after(timeout):
@@ -308,7 +317,12 @@ class BoxliteSandbox(Sandbox):
             "sandbox-provider": self.backend.provider(),
             "sandbox-limits": "microVM",
             "sandbox-image": self._layout.name,
+            "sandbox-network": "proxy" if self._gate else "none",
         }
+
+    def remarks(self) -> list[str]:
+        found = self._gate.refusals() if self._gate is not None else {}
+        return [f"network: {target} was refused: {reason}" for target, reason in found.items()]
 
     async def _shut_down(self) -> None:
         """Ends the microVM and the runtime, so that the home can be made anew."""
@@ -319,6 +333,10 @@ class BoxliteSandbox(Sandbox):
             life.end()
             with anyio.move_on_after(10):
                 await life.over()
+        if self._gate is not None:
+            gate, self._gate = self._gate, None
+            await gate.close()
+        if life is not None:
             life.close()
         self._box = None
         if self._runtime is not None:

@@ -1,0 +1,204 @@
+"""The program that runs in a microVM, and the host's end of its line, joined as boxlite joins them.
+
+boxlite gives the standard output as text in pieces of 1,024 characters.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from metaflow_sandbox.backends.boxlite import inside
+from metaflow_sandbox.backends.boxlite.operation import Life, operation
+from metaflow_sandbox.errors import ProtocolError, SandboxGone
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+class Execution:
+    """A process of this machine, by the names that boxlite has for one of a guest."""
+
+    def __init__(self, process):
+        self._process = process
+
+    def stdin(self):
+        return self
+
+    async def send_input(self, data):
+        await self._process.stdin.send(data)
+
+    async def close(self):
+        await self._process.stdin.aclose()
+
+    def stdout(self):
+        return self
+
+    async def __anext__(self):
+        try:
+            return (await self._process.stdout.receive(1024)).decode()
+        except anyio.EndOfStream:
+            raise StopAsyncIteration from None
+
+    async def wait(self):
+        await self._process.wait()
+
+
+class Machine:
+    """Where processes are started, in the place of a microVM."""
+
+    def __init__(self, program=inside.__file__):
+        self.program = program
+        self.processes = []
+
+    async def exec(self, command, arguments):
+        self.processes.append(await anyio.open_process([command, *arguments]))
+        return Execution(self.processes[-1])
+
+    @contextlib.asynccontextmanager
+    async def begin(self, request):
+        life = Life(os.getpid())
+        try:
+            async with operation(life, self, sys.executable, self.program, request) as running:
+                yield running
+        finally:
+            life.close()
+
+    async def run(self, script, env=(), cwd="/"):
+        request = {"op": "exec", "argv": ["sh", "-c", script], "cwd": cwd, "env": dict(env)}
+        said = {"o": b"", "e": b""}
+        async with self.begin(request) as running:
+            while True:
+                kind, data = await running.frame()
+                if kind == "x":
+                    return int(data), said["o"], said["e"]
+                said[kind] += data
+
+
+@pytest.mark.parametrize(
+    ("script", "result"),
+    [
+        ("exit 7", (7, b"", b"")),
+        ("echo out; echo err >&2", (0, b"out\n", b"err\n")),
+        ("printf '\\377\\000;\\n'", (0, b"\xff\0;\n", b"")),
+        ("kill -9 $$", (137, b"", b"")),
+        ("cat", (0, b"", b"")),
+        ("sleep 60 & echo done", (0, b"done\n", b"")),
+        ("exec >&- 2>&-; sleep 0.3; exit 5", (5, b"", b"")),
+        ('echo "$A|$PWD"', (0, b"x y|/\n", b"")),
+    ],
+)
+async def test_a_command_gives_its_output_and_its_code(script, result):
+    assert await Machine().run(script, {"A": "x y"}) == result
+
+
+async def test_a_command_that_is_not_there_and_a_directory_that_is_not():
+    request = {"op": "exec", "argv": ["no-such-command"], "cwd": "/", "env": {}}
+    async with Machine().begin(request) as running:
+        assert (await running.frame())[0] == "e"
+        assert await running.frame() == ("x", b"127")
+    assert (await Machine().run("true", cwd="/no/such"))[0] == 127
+
+
+async def test_much_output_comes_whole():
+    code, out, err = await Machine().run("head -c 3000000 /dev/urandom | tee /dev/stderr")
+    assert (code, len(out)) == (0, 3_000_000)
+    assert out == err
+
+
+async def test_a_reader_that_is_slow_is_waited_for():
+    """Without a window all of it would be in the memory of the host."""
+    request = {"op": "exec", "argv": ["sh", "-c", "yes"], "cwd": "/", "env": {}}
+    machine = Machine()
+    async with machine.begin(request) as running:
+        await running.frame()
+        pid = machine.processes[0].pid
+        last, same = None, 0
+        while same < 5:
+            written = Path(f"/proc/{pid}/io").read_text().split("wchar: ")[1].split()[0]
+            same = same + 1 if written == last else 0
+            last = written
+            await anyio.sleep(0.1)
+        assert int(last) < inside.WINDOW * inside.PIECE
+
+
+@pytest.mark.parametrize("escape", ["sleep 611", "sleep 611 & wait", "setsid sleep 611 & wait"])
+async def test_hanging_up_ends_the_whole_tree(escape):
+    request = {"op": "exec", "argv": ["sh", "-c", f"echo; {escape}"], "cwd": "/", "env": {}}
+    machine = Machine()
+    async with machine.begin(request) as running:
+        await running.frame()
+        below = inside.children_of(machine.processes[0].pid)
+        assert below
+    assert not any(Path(f"/proc/{pid}").exists() for pid in below)
+
+
+async def test_files_are_read_and_written(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "a b" / "ü"
+    source.write_bytes(bytes(range(256)) * 1000)
+    request = {"op": "write", "path": str(target), "source": str(source)}
+    async with Machine().begin(request) as running:
+        assert await running.frame() == ("x", b"0")
+    found = b""
+    async with Machine().begin({"op": "read", "path": str(target)}) as running:
+        while (frame := await running.frame())[0] == "d":
+            found += frame[1]
+    assert frame == ("x", b"0")
+    assert found == source.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("request_", "number"),
+    [
+        ({"op": "read", "path": "/no/such"}, 2),
+        ({"op": "read", "path": "/tmp"}, 21),
+        ({"op": "write", "path": "/tmp", "source": "/dev/null"}, 21),
+    ],
+)
+async def test_an_error_of_a_file_is_its_number(request_, number):
+    async with Machine().begin(request_) as running:
+        assert await running.frame() == ("x", b"%d" % number)
+
+
+async def test_what_is_no_file_can_not_block_a_reader(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    async with Machine().begin({"op": "read", "path": str(tmp_path / "fifo")}) as running:
+        assert (await running.frame())[0] == "x"
+
+
+@pytest.mark.parametrize(
+    "line", ["no frame;", "o" * 200_000, "oAAAA;", "o;", ";"], ids=lambda line: line[:8]
+)
+async def test_what_is_no_frame_is_refused(line, tmp_path):
+    program = tmp_path / "hostile.py"
+    program.write_text(f"print({line!r}, flush=True); import sys; sys.stdin.read()")
+    async with Machine(str(program)).begin({"op": "exec"}) as running:
+        with pytest.raises(ProtocolError):
+            await running.frame()
+
+
+async def test_a_frame_that_expands_beyond_a_piece_is_refused(tmp_path):
+    program = tmp_path / "hostile.py"
+    program.write_text(
+        "import base64, sys, zlib\n"
+        "print('o' + base64.b64encode(zlib.compress(bytes(30 << 20))).decode() + ';', flush=True)\n"
+        "sys.stdin.read()"
+    )
+    async with Machine(str(program)).begin({"op": "exec"}) as running:
+        with pytest.raises(ProtocolError):
+            await running.frame()
+
+
+async def test_a_program_that_ends_early_is_gone(tmp_path):
+    program = tmp_path / "short.py"
+    program.write_text("import sys; sys.stdin.readline()")
+    async with Machine(str(program)).begin({"op": "exec"}) as running:
+        with pytest.raises(SandboxGone):
+            await running.frame()
