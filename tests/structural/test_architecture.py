@@ -16,6 +16,7 @@ PROGRAMS = [
     SOURCE / "metaflow_sandbox/agent/agent.py",
     SOURCE / "metaflow_sandbox/backends/operations.py",
     SOURCE / "metaflow_sandbox/backends/docker/box.py",
+    SOURCE / "metaflow_sandbox/backends/boxlite/inside.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/box.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/enter.py",
     SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",

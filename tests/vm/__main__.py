@@ -48,7 +48,7 @@ def main() -> int:
         expected.append("machine: the contract ended with 0")
     missed = [line for line in expected if line not in lines]
     missed += [line for line in lines if line.startswith("machine: left behind")]
-    if not any(line.endswith("runs on Linux 6.12.87") or "guest: squares" in line for line in lines):
+    if not any("guest: squares [9, 16]" in line for line in lines):
         missed.append("no step ran in a guest with a kernel of its own")
     for line in missed:
         print(f"test-vm: not so: {line}")

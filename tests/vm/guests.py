@@ -1,6 +1,6 @@
 """A flow whose steps run in guests of boxlite: one, two at once, and one that fails.
 
-    python guests.py run --image PATH
+python guests.py run --image PATH
 """
 
 import platform

@@ -1,19 +1,16 @@
 """boxlite keeps the contract, on real guests: in the machine of `make test-vm`, or with KVM.
 
-    VM_IMAGE      an OCI layout or an image's name, instead of the backend's own
-    VM_SECONDS    after so many no further test begins; each that didn't is named
-    VM_SHARED     set where a guest is slow: tests that ask for any sandbox share one
+VM_IMAGE      an OCI layout or an image's name, instead of the backend's own
+VM_SECONDS    after so many no further test begins; each that didn't is named
+VM_SHARED     set where a guest is slow: tests that ask for any sandbox share one
 """
 
 import os
 import time
 
-import anyio
 import pytest
 
-from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.boxlite import Boxlite
-from metaflow_sandbox.errors import NotEnforceable, SandboxGone
 from metaflow_sandbox.testing import BackendContract
 
 pytestmark = pytest.mark.integration

@@ -1,7 +1,8 @@
 """Images that are made here: the trial image of the preflight, and those with `setup` in them.
 
-What `setup` and an installation leave is kept as an OCI layout with one layer: the guest's
-whole file system, packed inside and hashed on the way out. Nothing of it is unpacked by us.
+What `setup` and an installation leave is kept as one more layer upon the image's, with the
+files that they made, changed or removed. It is packed inside and hashed on the way out; nothing
+of it is unpacked by us.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import platform
+import shutil
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from ...errors import SandboxError
-from ..base import Recipe, SandboxSpec, Say, unsaid
-from .faults import BadImage
+from ..base import Recipe, SandboxSpec, Say, Sink, discard, unsaid
+from .faults import BadImage, harmless
 from .images import alone, new_layout, write_index
 from .sandbox import BoxliteSandbox
 
@@ -31,35 +35,60 @@ _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _DISK = 16384
 _MEMORY = 2048
 _LIFETIME = 3600.0
+_LISTED = "/tmp/.metaflow-sandbox-listed"  # noqa: S108 - in the guest, where it is memory
 _KEPT = 2000  # characters of what a failed command said
 # Machine code that waits for ever: pause() in a loop; where that isn't, ppoll(0, 0, 0, 0, 0).
 _WAIT_X86 = "b822000000 0f05 ebf7"
 _WAIT_ARM = "280980d2 000080d2 010080d2 020080d2 030080d2 040080d2 010000d4 f9ffff17"
 _WAIT = {"amd64": (62, _WAIT_X86), "arm64": (183, _WAIT_ARM)}  # with ELF's number of the machine
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
-# What a root file system has of the machine it runs on, and of us.
+# Both are run in a guest: the one before `setup`, the other at the end. What has changed is
+# told by the time of the change, which no program can set; what is gone, by the list.
+_LIST = """
+import os, sys
+with open(sys.argv[1], "wb") as out:
+    top = os.lstat("/").st_dev
+    for folder, names, files in os.walk(b"/"):
+        names[:] = [n for n in names if os.lstat(os.path.join(folder, n)).st_dev == top]
+        for name in names + files:
+            out.write(os.path.join(folder, name) + b"\\0")
+"""
 _PACK = """
-import os, sys, tarfile
-top = os.stat("/").st_dev
+import io, os, sys, tarfile
+listed, left_out = os.fsencode(sys.argv[1]), set(map(os.fsencode, sys.argv[2:]))
+since, top = os.stat(listed).st_ctime_ns, os.lstat("/").st_dev
+gone = set(open(listed, "rb").read().split(b"\\0")) - {b""}
 out = tarfile.open(fileobj=sys.stdout.buffer, mode="w|", format=tarfile.PAX_FORMAT)
-left_out = set(sys.argv[1:])
-for folder, names, files in os.walk("/"):
+for folder, names, files in os.walk(b"/"):
     kept = []
-    for name in names:
+    for name in sorted(names + files):
         path = os.path.join(folder, name)
-        if os.path.islink(path):
-            files.append(name)
-        elif path not in left_out and os.lstat(path).st_dev == top:
+        gone.discard(path)
+        found = os.lstat(path)
+        if path in left_out or found.st_dev != top:
+            continue
+        if name in names:
             kept.append(name)
-        if path not in left_out and not os.path.islink(path):
-            out.add(path, path[1:], recursive=False)
+        if found.st_ctime_ns >= since:
+            text = os.fsdecode(path)
+            out.add(text, text[1:], recursive=False)
     names[:] = kept
-    for name in files:
-        path = os.path.join(folder, name)
-        if os.lstat(path).st_dev == top:
-            out.add(path, path[1:], recursive=False)
+for path in sorted(gone):
+    folder, name = os.path.split(path)
+    if folder not in gone and not any(path.startswith(other + b"/") for other in left_out):
+        mark = os.fsdecode(os.path.join(folder, b".wh." + name))
+        out.addfile(tarfile.TarInfo(mark[1:]), io.BytesIO())
 out.close()
 """
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A blob with files: its digest, its size in bytes, and the digest of what is packed in it."""
+
+    digest: str
+    size: int
+    diff: str
 
 
 def _executable(machine: int, code: bytes) -> bytes:
@@ -100,13 +129,17 @@ def trial(target: Path) -> Path:
     with new_layout(target) as layout:
         layer = layout / "blobs" / "sha256" / hashlib.sha256(packed).hexdigest()
         layer.write_bytes(packed)
-        described = {"Cmd": ["/pause"], "Env": ["PATH=/"]}
-        _describe(layout, layer.name, len(packed), hashlib.sha256(content).hexdigest(), described)
+        made = Layer(layer.name, len(packed), hashlib.sha256(content).hexdigest())
+        _describe(layout, made, None, {"Cmd": ["/pause"], "Env": ["PATH=/"]})
     return target
 
 
-def _describe(layout: Path, layer: str, size: int, diff: str, config: dict[str, Any]) -> str:
-    """Writes the documents of an image with one layer. Returns its manifest's digest."""
+def _describe(layout: Path, layer: Layer, base: Path | None, config: dict[str, Any]) -> None:
+    """Writes the documents of an image: a layer of ours, upon those of another image if any.
+
+    Args:
+        config: how it is run, where there is no other.
+    """
 
     def put(document: dict[str, Any], kind: str) -> dict[str, Any]:
         data = json.dumps(document, sort_keys=True).encode()
@@ -115,35 +148,43 @@ def _describe(layout: Path, layer: str, size: int, diff: str, config: dict[str, 
         return {"mediaType": f"{_OCI}.{kind}.v1+json", "digest": f"sha256:{digest}",
                 "size": len(data)}  # fmt: skip
 
-    described = {
+    manifest: dict[str, Any] = {"schemaVersion": 2, "layers": []}
+    described: dict[str, Any] = {
         "architecture": _MACHINES[platform.machine()],
         "os": "linux",
         "config": config,
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{diff}"]},
+        "rootfs": {"type": "layers", "diff_ids": []},
     }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": f"{_OCI}.manifest.v1+json",
-        "config": put(described, "config"),
-        "layers": [{"mediaType": f"{_OCI}.layer.v1.tar+gzip", "digest": f"sha256:{layer}",
-                    "size": size}],
-    }  # fmt: skip
+    if base is not None:
+        manifest = _document(base, digest_of(base))
+        described = _document(base, manifest["config"]["digest"])
+        described.pop("history", None)  # it has an entry for each layer
+        for part in manifest["layers"]:
+            _share(base, layout, part["digest"])
+    described["rootfs"]["diff_ids"].append(f"sha256:{layer.diff}")
+    manifest["layers"].append(
+        {"mediaType": f"{_OCI}.layer.v1.tar+gzip", "digest": f"sha256:{layer.digest}",
+         "size": layer.size}
+    )  # fmt: skip
+    manifest["mediaType"] = f"{_OCI}.manifest.v1+json"
+    manifest["config"] = put(described, "config")
     entry = put(manifest, "manifest")
-    digest = str(entry["digest"]).partition(":")[2]
-    write_index(layout, digest, entry["size"])
-    return digest
+    write_index(layout, str(entry["digest"]).partition(":")[2], entry["size"])
 
 
-def configuration(layout: Path) -> dict[str, Any]:
-    """What an image says about how it is run."""
-    blobs = layout / "blobs"
+def _blob(layout: Path, digest: str) -> Path:
+    return layout / "blobs" / digest.replace(":", "/")
 
-    def read(digest: str) -> Any:
-        return json.loads((blobs / digest.replace(":", "/")).read_bytes())
 
-    (entry,) = json.loads((layout / "index.json").read_text())["manifests"]
-    found = read(read(entry["digest"])["config"]["digest"]).get("config")
-    return dict(found or {})
+def _document(layout: Path, digest: str) -> dict[str, Any]:
+    return dict(json.loads(_blob(layout, digest).read_bytes()))
+
+
+def _share(base: Path, layout: Path, digest: str) -> None:
+    try:
+        os.link(_blob(base, digest), _blob(layout, digest))
+    except OSError:  # the user's own layout may be on another file system
+        shutil.copyfile(_blob(base, digest), _blob(layout, digest))
 
 
 def digest_of(layout: Path) -> str:
@@ -208,16 +249,17 @@ async def _make(backend: Boxlite, recipe: Recipe, base: Path, target: Path, say:
     )  # fmt: skip
     sandbox = await BoxliteSandbox.start(backend, spec, base)
     try:
+        await _python(sandbox, _LIST, _LISTED)
         for command in recipe.setup:
             await say(f"setup: {command}")
             await _run(sandbox, ["sh", "-c", command], f"setup command {command!r}")
         if recipe.install:
             await _bring(sandbox, recipe)
             await _run(sandbox, list(recipe.install), "the installation")
-        left_out = ["/proc", "/sys", "/dev", "/tmp", backend.inbox, backend.work, *recipe.files]  # noqa: S108
+        left_out = [backend.inbox, backend.work, *recipe.files]
         with new_layout(target) as layout:
-            layer, size, diff = await _pack(sandbox, layout / "blobs" / "sha256", left_out)
-            _describe(layout, layer, size, diff, configuration(base))
+            layer = await _pack(sandbox, layout / "blobs" / "sha256", left_out)
+            await anyio.to_thread.run_sync(_describe, layout, layer, base, {})
     finally:
         await sandbox.destroy()
 
@@ -240,19 +282,36 @@ async def _run(sandbox: BoxliteSandbox, argv: list[str], what: str) -> None:
 
     code = await sandbox.exec(argv, cwd="/", on_stdout=keep, on_stderr=keep)
     if code != 0:
-        text = "".join(
-            c if c.isprintable() or c == "\n" else "?" for c in tail.decode(errors="replace")
-        )
+        said = harmless(tail.decode(errors="replace"))
         raise SandboxError(
-            f"{what} failed with exit code {code}: {sandbox.diagnose() or ''}\n{text}",
+            f"{what} failed with exit code {code}: {sandbox.diagnose() or ''}\n{said}",
             code="setup_failed",
             op="prepare",
             retryable=False,
         )
 
 
-async def _pack(sandbox: BoxliteSandbox, blobs: Path, left_out: list[str]) -> tuple[str, int, str]:
-    """Stores the guest's file system as a layer: (its digest, its size, that of what is in it)."""
+async def _python(sandbox: BoxliteSandbox, script: str, *words: str, out: Sink = discard) -> None:
+    """Runs one of the programs above in a guest."""
+    said = bytearray()
+
+    async def keep(data: bytes) -> None:
+        said.extend(data)
+        del said[:-_KEPT]
+
+    command = [sandbox.backend.python, "-I", "-S", "-c", script, *words]
+    code = await sandbox.exec(command, cwd="/", on_stdout=out, on_stderr=keep)
+    if code != 0:
+        raise SandboxError(
+            f"what was prepared could not be packed (exit code {code}): "
+            f"{harmless(said.decode(errors='replace'))}",
+            code="setup_failed",
+            op="prepare",
+        )
+
+
+async def _pack(sandbox: BoxliteSandbox, blobs: Path, left_out: list[str]) -> Layer:
+    """Stores what has changed in a guest as a layer."""
     diff = hashlib.sha256()
     new = blobs / "new"
     with gzip.GzipFile(new, "wb", compresslevel=1, mtime=0) as file:
@@ -261,17 +320,11 @@ async def _pack(sandbox: BoxliteSandbox, blobs: Path, left_out: list[str]) -> tu
             diff.update(data)
             await anyio.to_thread.run_sync(file.write, data)
 
-        command = [sandbox.backend.python, "-I", "-S", "-c", _PACK, *left_out]
-        code = await sandbox.exec(command, cwd="/", on_stdout=store)
-    if code != 0:
-        raise SandboxError(
-            f"the prepared file system could not be packed (exit code {code})",
-            code="setup_failed",
-            op="prepare",
-        )
+        await _python(sandbox, _PACK, _LISTED, *left_out, out=store)
     packed = hashlib.sha256()
     with open(new, "rb") as stored:
         while piece := stored.read(1 << 20):
             packed.update(piece)
     new.rename(blobs / packed.hexdigest())
-    return packed.hexdigest(), (blobs / packed.hexdigest()).stat().st_size, diff.hexdigest()
+    size = (blobs / packed.hexdigest()).stat().st_size
+    return Layer(packed.hexdigest(), size, diff.hexdigest())

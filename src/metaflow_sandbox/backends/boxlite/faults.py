@@ -103,6 +103,11 @@ def translated(error: Exception, op: str, home: Path, what: object) -> SandboxEr
     )
 
 
+def harmless(text: str) -> str:
+    """Text of a guest's without what a terminal would act on."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def log(home: Path) -> str:
     """The end of what the last microVM of a home said before it gave up."""
     found = []
@@ -111,7 +116,7 @@ def log(home: Path) -> str:
             with contextlib.suppress(OSError):
                 text = path.read_bytes()[-_TAIL:].decode(errors="replace").strip()
                 if text:
-                    found.append("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+                    found.append(harmless(text))
     return "\n".join(found)
 
 
