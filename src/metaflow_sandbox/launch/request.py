@@ -14,7 +14,7 @@ from metaflow.plugins.timeout_decorator import get_run_time_limit_for_task
 from metaflow_extensions.sandbox.plugins.tainted import class_names
 
 from ..backends import registry
-from ..backends.base import Backend, network_kind
+from ..backends.base import Backend, SandboxSpec, network_kind
 from ..egress.rules import Rules, is_address
 from ..errors import NotEnforceable, SandboxError
 
@@ -306,3 +306,7 @@ class Request:
                 f"{backend.longest_step_remedy}"
             )
         return replace(self, **dropped), notes
+        request = replace(self, **dropped)
+        amounts = {name: getattr(request, name) for name in _AMOUNTS}
+        backend.refuse(SandboxSpec(**amounts, network=network, options=self.options))
+        return request, notes
