@@ -5,14 +5,16 @@ boxlite gives the standard output as text in pieces of 1,024 characters.
 
 import contextlib
 import os
+import socket
 import sys
 from pathlib import Path
 
 import anyio
 import pytest
 
-from metaflow_sandbox.backends.boxlite import inside
+from metaflow_sandbox.backends.boxlite import inside, network
 from metaflow_sandbox.backends.boxlite.operation import Life, operation
+from metaflow_sandbox.egress.rules import Rules
 from metaflow_sandbox.errors import ProtocolError, SandboxGone
 
 pytestmark = pytest.mark.anyio
@@ -80,6 +82,7 @@ class Machine:
                 if kind == "x":
                     return int(data), said["o"], said["e"]
                 said[kind] += data
+                await running.taken()
 
 
 @pytest.mark.parametrize(
@@ -150,6 +153,7 @@ async def test_files_are_read_and_written(tmp_path):
     async with Machine().begin({"op": "read", "path": str(target)}) as running:
         while (frame := await running.frame())[0] == "d":
             found += frame[1]
+            await running.taken()
     assert frame == ("x", b"0")
     assert found == source.read_bytes()
 
@@ -202,3 +206,81 @@ async def test_a_program_that_ends_early_is_gone(tmp_path):
     async with Machine(str(program)).begin({"op": "exec"}) as running:
         with pytest.raises(SandboxGone):
             await running.frame()
+
+
+# --- the proxy's port
+
+
+@pytest.fixture
+def port(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(network, "PORT", port)
+    return port
+
+
+@contextlib.asynccontextmanager
+async def listening(path, answer):
+    """Programs that connect to the port speak to `answer`, which is a server of the host's."""
+    listener = await anyio.create_unix_listener(path)
+    ready = anyio.Event()
+    async with listener, anyio.create_task_group() as tasks:
+        tasks.start_soon(listener.serve, answer)
+        tasks.start_soon(network._listen, Machine().begin, str(path), ready)
+        await ready.wait()
+        yield
+        tasks.cancel_scope.cancel()
+
+
+async def echo(stream):
+    async with stream:
+        async for data in stream:
+            await stream.send(data)
+
+
+async def test_connections_are_carried_both_ways_to_their_ends(port, tmp_path):
+    data = os.urandom(300_000)
+
+    async def one():
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+
+            async def say():
+                await stream.send(data)
+                await stream.send_eof()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(say)
+                assert b"".join([piece async for piece in stream]) == data
+
+    async with listening(tmp_path / "s", echo):
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(one)
+
+
+async def test_a_connection_that_nobody_reads_does_not_hold_up_others(port, tmp_path):
+    async with listening(tmp_path / "s", echo):
+        async with await anyio.connect_tcp("127.0.0.1", port) as silent:
+            with anyio.move_on_after(1):
+                while True:
+                    await silent.send(bytes(65536))
+            async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+                await stream.send(b"hello")
+                assert await stream.receive() == b"hello"
+
+
+async def test_the_proxy_answers_at_the_port(port, tmp_path):
+    async with network._serving(Machine().begin, Rules(("allowed.invalid",)), tmp_path) as proxy:
+        async with await anyio.connect_tcp("127.0.0.1", port) as stream:
+            await stream.send(
+                b"CONNECT other.invalid:443 HTTP/1.1\r\nHost: other.invalid:443\r\n\r\n"
+            )
+            assert (await stream.receive()).startswith(b"HTTP/1.1 403")
+    assert "other.invalid:443" in proxy.refusals
+
+
+async def test_a_number_that_does_not_wait_is_refused(port, tmp_path):
+    async with listening(tmp_path / "s", echo):
+        request = {"op": "connect", "port": port, "number": 77}
+        async with Machine().begin(request) as running:
+            assert (await running.frame())[0] in ("x", "f")

@@ -21,7 +21,7 @@ printf '/opt/packages\\n/work/packages\\n' > /usr/local/lib/python3.11/dist-pack
 export METAFLOW_USER=vm METAFLOW_DEFAULT_DATASTORE=local TMPDIR=/var/tmp LANG=C.UTF-8
 export PYTHONDONTWRITEBYTECODE=1
 uname -r; ls -l /dev/kvm
-mkdir flow; cp tests/vm/guests.py flow; cd flow
+mkdir -p flow; cp tests/vm/guests.py flow; cd flow
 timeout {flow} python3 guests.py --no-pylint run --max-workers 1
 echo "machine: the flow ended with $?"
 ls -A /var/tmp/metaflow-sandbox-0 | grep -v places | sed 's/^/machine: left behind: /'

@@ -213,7 +213,8 @@ def boot(script: str, seconds: float) -> list[str]:
             sh("cp", "--sparse=always", BUILD / "root.img", root)
         payload(second, script)
         command = [
-            "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-nographic",
+            *os.environ.get("MACHINE_PREFIX", "").split(), "qemu-system-x86_64",
+            "-nodefaults", "-no-user-config", "-nographic",
             "-serial", "stdio", "-no-reboot", "-smp", "2", "-m", str(MEMORY), "-M", "q35",
             "-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt",
             "-kernel", str(BUILD / "vmlinuz"), "-initrd", str(BUILD / "initrd.gz"),

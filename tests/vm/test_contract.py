@@ -1,8 +1,8 @@
 """boxlite keeps the contract, on real guests: in the machine of `make test-vm`, or with KVM.
 
-    VM_IMAGE      an OCI layout or an image's name, instead of the backend's own
-    VM_SECONDS    after so many no further test begins; each that didn't is named
-    VM_SHARED     set where a guest is slow: tests that ask for any sandbox share one
+VM_IMAGE      an OCI layout or an image's name, instead of the backend's own
+VM_SECONDS    after so many no further test begins; each that didn't is named
+VM_SHARED     set where a guest is slow: tests that ask for any sandbox share one
 """
 
 import contextlib

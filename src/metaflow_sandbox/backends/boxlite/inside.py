@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 #: Where `connect` finds `listen`: a name that exists in the guest's network alone.
-MEETING = "\0metaflow-sandbox-proxy"
+MEETING = "\0metaflow-sandbox-proxy-%d"
 
 
 class HungUp(Exception):
@@ -253,7 +253,7 @@ def listen(request: "dict[str, Any]", line: Line) -> int:
     """Says of each connection to the proxy's port, and hands it to who asks for its number."""
     listener = socket.create_server(("127.0.0.1", request["port"]), backlog=128)
     meeting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    meeting.bind(MEETING)
+    meeting.bind(MEETING % request["port"])
     meeting.listen(128)
     line.send("c", b"0")  # it listens now
     waiting, number = {}, 0
@@ -280,7 +280,7 @@ def listen(request: "dict[str, Any]", line: Line) -> int:
 def connect(request: "dict[str, Any]", line: Line) -> int:
     """Carries one connection to the host and back."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
-        asking.connect(MEETING)
+        asking.connect(MEETING % request["port"])
         asking.send(b"%d" % request["number"])
         _, rights, _, _ = asking.recvmsg(1, socket.CMSG_SPACE(4))
     program = socket.socket(fileno=array.array("i", rights[0][2])[0])

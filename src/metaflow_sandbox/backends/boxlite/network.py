@@ -21,6 +21,7 @@ from anyio.from_thread import BlockingPortalProvider
 from ...concurrency import plain_errors
 from ...egress.rules import Rules
 from ...errors import ConnectionLost, ProtocolError, SandboxError, SandboxGone
+from . import inside
 from .operation import Operation
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _PIECE = 64 << 10
 _PIECES = 4  # on their way to a program inside
 _CONNECTIONS = 64
 _READY_SECONDS = 60.0
+
+_BROKEN = (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError)
 
 #: Starts an operation of `inside.py`.
 Begin = Callable[[dict[str, Any]], AbstractAsyncContextManager[Operation]]
@@ -99,7 +102,7 @@ async def _listen(begin: Begin, path: str, ready: anyio.Event) -> None:
 
     async def one(number: int) -> None:
         async with places:
-            with contextlib.suppress(SandboxError, OSError):
+            with contextlib.suppress(SandboxError, OSError, *_BROKEN):
                 await _carry(begin, path, number)
 
     with contextlib.suppress(SandboxGone, ConnectionLost, ProtocolError):
@@ -113,6 +116,7 @@ async def _listen(begin: Begin, path: str, ready: anyio.Event) -> None:
                         ready.set()
                     else:
                         tasks.start_soon(one, int(data))
+                    await operation.taken()
             tasks.cancel_scope.cancel()
 
 
@@ -121,9 +125,11 @@ async def _carry(begin: Begin, path: str, number: int) -> None:
     with plain_errors():
         async with (
             await anyio.connect_unix(path) as upstream,
-            begin({"op": "connect", "number": number}) as operation,
+            begin({"op": "connect", "port": PORT, "number": number}) as operation,
         ):
             room = anyio.Semaphore(_PIECES)
+            # No more than the window comes; what breaks that ends its own connection.
+            said, heard = anyio.create_memory_object_stream[bytes](inside.WINDOW + 1)
 
             async def down() -> None:
                 while True:
@@ -135,16 +141,25 @@ async def _carry(begin: Begin, path: str, number: int) -> None:
                     await operation.send(b"d" + len(data).to_bytes(4, "big") + data)
                 await operation.send(b"f")
 
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(down)
-                while True:
-                    kind, data = await operation.frame()
-                    if kind == "d":
-                        await upstream.send(data)
-                    elif kind == "f":
-                        await upstream.send_eof()
-                    elif kind == "k":
-                        room.release()
-                    else:
-                        break
-                tasks.cancel_scope.cancel()
+            async def up() -> None:
+                async for data in heard:
+                    await upstream.send(data)
+                    await operation.taken()
+                await upstream.send_eof()
+
+            with said, heard:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(down)
+                    tasks.start_soon(up)
+                    while True:
+                        # Never held up by either end: what frees the other comes here too.
+                        kind, data = await operation.frame()
+                        if kind == "d":
+                            said.send_nowait(data)
+                        elif kind == "f":
+                            said.close()
+                        elif kind == "k":
+                            room.release()
+                        else:
+                            break
+                    tasks.cancel_scope.cancel()

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 
 from ...errors import ProtocolError, SandboxGone
-from .inside import COUNTED, PIECE
+from .inside import PIECE
 from .processes import settled
 
 T = TypeVar("T")
@@ -100,7 +100,10 @@ async def unless_over(life: Life, call: Callable[[], Awaitable[T]]) -> T:
 
 
 class Operation:
-    """A running operation. `frame` gives what it sends, `send` adds to its input."""
+    """A running operation. `frame` gives what it sends, `send` adds to its input.
+
+    It sends no more than a window of what wasn't `taken`.
+    """
 
     def __init__(self, life: Life, execution: Any) -> None:
         self._life = life
@@ -110,9 +113,18 @@ class Operation:
         self._text = ""
         self._frames: list[tuple[str, bytes]] = []
         self._taken = 0
+        self._sending = anyio.Lock()
 
     async def send(self, data: bytes) -> None:
-        await unless_over(self._life, lambda: self._stdin.send_input(data))
+        async with self._sending:
+            await unless_over(self._life, lambda: self._stdin.send_input(data))
+
+    async def taken(self) -> None:
+        """Says that a frame of data is dealt with, so that another may come."""
+        self._taken += 1
+        if self._taken >= _ACKNOWLEDGE:
+            taken, self._taken = self._taken, 0
+            await self.send(b"+" * taken)
 
     async def frame(self) -> tuple[str, bytes]:
         """The next frame: its letter and its data.
@@ -122,17 +134,12 @@ class Operation:
             ProtocolError: it isn't one.
         """
         while not self._frames:
-            if self._taken >= _ACKNOWLEDGE:
-                taken, self._taken = self._taken, 0
-                await self.send(b"+" * taken)
             text: str = await unless_over(self._life, self._stdout.__anext__)
             *whole, self._text = (self._text + text).split(";")
             if len(self._text) > _MAX_FRAME:
                 raise ProtocolError("the microVM sends what is no frame", op="exec")
             self._frames = [_parsed(frame.strip()) for frame in whole]
-        kind, data = self._frames.pop(0)
-        self._taken += kind in COUNTED
-        return kind, data
+        return self._frames.pop(0)
 
     async def end(self) -> None:
         """Has the program end everything it started, and waits for that."""

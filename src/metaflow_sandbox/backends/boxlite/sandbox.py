@@ -220,6 +220,7 @@ class BoxliteSandbox(Sandbox):
                     kind, data = await running.frame()
                     if kind in sinks:
                         await sinks[kind](data)
+                        await running.taken()
                     elif kind == "x":
                         return _code(data) & 0xFF
                     await anyio.lowlevel.checkpoint()
@@ -232,6 +233,7 @@ class BoxliteSandbox(Sandbox):
                     _check(_code(data), path)
                     return
                 yield data
+                await running.taken()
 
     async def write_file(self, path: str, source: Path) -> None:
         """Copies a file of the host's."""
