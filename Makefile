@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-containers test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak docs clean
+.PHONY: demo demo-cheats check test test-containers test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -64,6 +64,10 @@ deps: $(VENV)/dev
 # A foreach of 1,000 with random faults.
 soak: $(VENV)/dev
 	$(BIN)/python tests/faults/soak.py
+
+# Real microVMs of boxlite, in QEMU's emulation: as root on Debian, about 12 minutes.
+test-vm: $(VENV)/dev
+	$(BIN)/python tests/vm
 
 # Every Python and both ends of Metaflow's range; `make test-matrix CASES=…` for a part.
 test-matrix:
