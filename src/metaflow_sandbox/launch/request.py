@@ -305,7 +305,6 @@ class Request:
                 f"it is ended after {longest:.0f} s, since {backend.name} ends its sandboxes then. "
                 f"{backend.longest_step_remedy}"
             )
-        return replace(self, **dropped), notes
         request = replace(self, **dropped)
         amounts = {name: getattr(request, name) for name in _AMOUNTS}
         backend.refuse(SandboxSpec(**amounts, network=network, options=self.options))

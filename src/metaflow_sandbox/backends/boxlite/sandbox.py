@@ -260,40 +260,22 @@ class BoxliteSandbox(Sandbox):
             with anyio.CancelScope(shield=True):
                 await blocking(partial(place.unlink, missing_ok=True))
 
-    async def deliver(self, mounts: Mapping[str, Path]) -> None:
+    async def upload(self, mounts: Mapping[str, Path]) -> list[str]:
         """Lays the directories out in the one volume that there is, by links where that can be.
 
-        A microVM has room for three volumes and no more. Archives are unpacked inside, as
-        nothing that a sandbox packed is unpacked on the host.
+        A microVM has room for three volumes and no more, and not for files alone.
         """
-        archives: dict[str, str] = {}
         for target, source in mounts.items():
             below = os.path.relpath(target, self.backend.inbox)
-            if source.is_file():
-                name = f".archive-{len(archives)}"
-                await blocking(partial(_link, str(source), str(self._inputs / name)))
-                archives[f"{self.backend.inbox}/{name}"] = target
-            elif below.startswith(".."):
+            if below.startswith(".."):
                 raise SandboxError(
                     f"{target} is not below {self.backend.inbox}, which alone is shared with a "
                     "microVM",
                     code="deliver_failed",
                     op="deliver",
                 )
-            else:
-                copy = partial(_tree, str(source), str(self._inputs / below))
-                await blocking(copy)
-        if archives:
-            words = [word for pair in archives.items() for word in pair]
-            command = [self.backend.python, "-I", "-S", "-c", _UNPACK, *words]
-            done = await self.run(command)
-            if done.exit_code != 0:
-                said = done.stderr[-500:].decode(errors="replace")
-                raise SandboxError(
-                    f"what was prepared could not be unpacked (exit code {done.exit_code}): {said}",
-                    code="deliver_failed",
-                    op="deliver",
-                )
+            await blocking(partial(_tree, str(source), str(self._inputs / below)))
+        return []
 
     # --- how it goes, and its end
 
@@ -358,14 +340,6 @@ def _open_files() -> int:
     """How many files a microVM's process may have open: a limit above the hard one ends it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-
-
-_UNPACK = """
-import os, sys, tarfile
-for path, target in zip(sys.argv[1::2], sys.argv[2::2]):
-    os.makedirs(target, exist_ok=True)
-    tarfile.open(path).extractall(target)
-"""
 
 
 def _code(data: bytes) -> int:
