@@ -6,6 +6,7 @@ An ASGI application around the emulator's own, with the test's own requests belo
     DELETE  /_test/journal     forgets it
     PUT     /_test/settings    {"latency": seconds before each request is looked at,
                                 "bodies": a directory that gets what each request carried}
+    GET     /_test/faults      those that there are
     POST    /_test/faults      adds a fault, below
     DELETE  /_test/faults      takes all faults away
 
@@ -86,6 +87,8 @@ class Front:
             answer = self.journal
         elif (name, method) == ("journal", "DELETE"):
             self.journal = []
+        elif (name, method) == ("faults", "GET"):
+            answer = self.faults
         elif (name, method) == ("faults", "DELETE"):
             self.faults = []
         elif (name, method) == ("faults", "POST"):
