@@ -14,7 +14,7 @@ import click
 
 from . import cache, manage
 from .backends import registry
-from .errors import SandboxError
+from .errors import NOT_SET_UP, SandboxError
 
 
 @click.group()
@@ -191,7 +191,7 @@ def show(backends: tuple[str, ...], labels: Mapping[str, str], as_json: bool) ->
         rows = [("BACKEND", "ID", "AGE", "STEP")]
         rows += [(f.backend, f.info.id, _age(f.info.created), f.pathspec) for f in found]
         _table(rows)
-    _report(problems)
+    _report(problems, backends)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -208,7 +208,7 @@ def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, st
     for sandbox_id in ids:
         if sandbox_id in known:
             _destroy(known[sandbox_id])
-    _report(problems)
+    _report(problems, backends)
     if missing := [i for i in ids if i not in known]:
         raise click.ClickException(f"there is no sandbox {', '.join(missing)}")
 
@@ -221,7 +221,7 @@ def collect(backends: tuple[str, ...], labels: Mapping[str, str], dry_run: bool)
             click.echo(f"would end {item.backend} {item.info.id} ({item.pathspec})")
         else:
             _destroy(item)
-    _report(problems)
+    _report(problems, backends)
 
 
 def enter(backend: str, name: str, command: tuple[str, ...]) -> None:
@@ -241,8 +241,10 @@ def _destroy(found: manage.Found) -> None:
     click.echo(f"ended {found.backend} {found.info.id} ({found.pathspec})")
 
 
-def _report(problems: Mapping[str, str]) -> None:
+def _report(problems: Mapping[str, SandboxError], named: tuple[str, ...]) -> None:
     for name, problem in problems.items():
+        if problem.code == NOT_SET_UP and name not in named:
+            continue  # whoever doesn't use it has nothing there
         click.echo(f"{name} could not be asked: {problem}", err=True)
 
 

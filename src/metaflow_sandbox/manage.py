@@ -49,18 +49,19 @@ class Found:
 
 async def find(
     names: Iterable[str], labels: Mapping[str, str]
-) -> tuple[list[Found], dict[str, str]]:
+) -> tuple[list[Found], dict[str, SandboxError]]:
     """The living sandboxes of some backends that have these labels.
 
     Returns:
         Them, and {backend: why it could not be asked}.
     """
-    found, problems = [], {}
+    found: list[Found] = []
+    problems: dict[str, SandboxError] = {}
     for name in names:
         try:
             infos = await registry.load(name).list(labels)
         except SandboxError as e:
-            problems[name] = str(e)
+            problems[name] = e
         else:
             found += [Found(name, info) for info in infos]
     return found, problems
@@ -81,7 +82,7 @@ def is_orphan(found: Found, owners: set[str]) -> bool:
 
 async def orphans(
     names: Iterable[str], labels: Mapping[str, str]
-) -> tuple[list[Found], dict[str, str]]:
+) -> tuple[list[Found], dict[str, SandboxError]]:
     """Those of `find` that nobody wants any more."""
     owners = {path.name for path in living("run")}
     found, problems = await find(names, labels)

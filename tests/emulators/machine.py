@@ -21,7 +21,8 @@ import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PYTHON = "/usr/bin/python3"
+#: The first process's own interpreter inside, whatever the machine's programs lack.
+_PYTHON = "/run/python3"
 PIECE = 32 << 10
 MESSAGE = 1 << 20
 UID = 1000
@@ -160,7 +161,7 @@ class Machine:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
         config = json.dumps({"memory": memory and memory << 20, "cpus": cpus})
         options = _options(Path(root), memory, disk, hidden, counter)
-        command = ["bwrap", *options, PYTHON, "-I", "-S", "/run/first.py", str(theirs.fileno())]
+        command = ["bwrap", *options, _PYTHON, "-S", "-s", "/run/first.py", str(theirs.fileno())]
         bwrap = subprocess.Popen(
             [*command, config], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
         )
@@ -327,6 +328,8 @@ def _options(root, memory, disk, hidden, counter):
             if not path.is_symlink():
                 options += ["--ro-bind", "/dev/null", str(path)]
     options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(_FIRST), "/run/first.py"]
+    options += ["--ro-bind", os.path.realpath("/usr/bin/python3"), _PYTHON]
+    options += ["--setenv", "PYTHONHOME", "/usr"]
     if memory:
         count = root / "run" / "vmstat"
         count.write_text("oom_kill 0\n")

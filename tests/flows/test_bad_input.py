@@ -51,7 +51,6 @@ CASES = [
     ("@sandbox\n        @bubblewrap", "has both @bubblewrap and @sandbox"),
     ("@kubernetes\n        @sandbox", "has both @kubernetes and @sandbox"),
     ("@sandbox\n        @secrets(sources=[])", "Pass the values by name instead"),
-    ("@e2b", 'pip install -U "metaflow-sandbox[e2b]"'),
     ("@daytona", 'pip install -U "metaflow-sandbox[daytona]"'),
     ("@boxlite", 'pip install -U "metaflow-sandbox[boxlite]"'),
 ]

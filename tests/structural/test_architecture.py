@@ -22,6 +22,7 @@ PROGRAMS = [
     SOURCE / "metaflow_sandbox/backends/bubblewrap/unpack.py",
     SOURCE / "metaflow_sandbox/backends/daytona/runner.py",
     SOURCE / "metaflow_sandbox/environments/install.py",
+    SOURCE / "metaflow_sandbox/backends/e2b/inside.py",
 ]
 HOST = sorted((SOURCE / "metaflow_sandbox").rglob("*.py"))
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]

@@ -276,7 +276,7 @@ class Cloud:
             template.root, template.hidden = root, hidden
             build.say("Build finished")
             build.status = "ready"
-        except (Refused, OSError, ValueError) as e:
+        except Exception as e:  # whatever it is, the build has failed
             if machine is not None:
                 await machine.destroy(keep_root=True)
             remove_root(root)

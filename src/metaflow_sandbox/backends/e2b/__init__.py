@@ -23,7 +23,7 @@ import anyio.lowlevel
 from metaflow import metaflow_config
 
 from ...concurrency import blocking
-from ...errors import BackendUnavailable, ConnectionLost, NotEnforceable, SandboxError
+from ...errors import NOT_SET_UP, BackendUnavailable, ConnectionLost, NotEnforceable, SandboxError
 from ..base import (
     Backend,
     Capabilities,
@@ -90,10 +90,13 @@ class E2B(Backend):
             needs = "" if sys.version_info >= (3, 11) else ", with Python 3.11 or later"
             raise BackendUnavailable(
                 f'E2B\'s SDK is not installed ({e}): pip install "metaflow-sandbox[e2b]"{needs}',
+                code=NOT_SET_UP,
                 op="create",
             ) from e
         if not os.environ.get("E2B_API_KEY"):
-            raise BackendUnavailable(f"E2B needs an API key. {KEY_REMEDY}", op="create")
+            raise BackendUnavailable(
+                f"E2B needs an API key. {KEY_REMEDY}", code=NOT_SET_UP, op="create"
+            )
         return sdk
 
     async def preflight(self) -> Preflight:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PREFIX = "metaflow-sandbox-"
 _LINE = 200
 _BASE = "base"
+_BUILD_SECONDS = 3600
 
 
 def size(recipe: Recipe) -> tuple[int | None, int | None]:
@@ -102,7 +103,7 @@ async def build(recipe: Recipe, name: str, say: Say) -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(pass_on)
         try:
-            with tempfile.TemporaryDirectory() as context:
+            with tempfile.TemporaryDirectory() as context, anyio.fail_after(_BUILD_SECONDS):
                 template = _template(recipe, Path(context))
                 await AsyncTemplate.build(
                     template, name, cpu_count=cpus, memory_mb=memory, on_build_logs=heard
@@ -145,6 +146,12 @@ def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
 
 
 def _failure(e: Exception, recipe: Recipe, source: str) -> Exception:
+    if isinstance(e, TimeoutError):
+        return SandboxError(
+            f"the template for {source} was not ready after {_BUILD_SECONDS // 60} minutes. See "
+            "its builds in E2B's dashboard, or try again.",
+            code="build_failed", op="prepare", retryable=False,
+        )  # fmt: skip
     error = translate(e, "prepare", source)
     if isinstance(error, SandboxError) and error.code == "build_failed":
         hint = (
