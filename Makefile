@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-containers test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak docs clean
+.PHONY: demo demo-cheats check test test-containers test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,10 @@ soak: $(VENV)/dev
 # Real microVMs of boxlite, in QEMU's emulation: as root on Debian, about 12 minutes.
 test-vm: $(VENV)/dev
 	$(BIN)/python tests/vm
+
+# On the emulated E2B: 1 GB there and back, and a foreach of 100 under a limit of 20.
+e2b-full: $(VENV)/dev
+	E2B_FULL=1 $(BIN)/python -m pytest -q -s tests/contract/test_e2b.py tests/flows/test_e2b.py -k "any_size or keeps_to"
 
 # Every Python and both ends of Metaflow's range; `make test-matrix CASES=…` for a part.
 test-matrix:

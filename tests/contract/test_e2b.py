@@ -1,29 +1,35 @@
 """E2B's backend keeps the contract, by the real SDK against an emulated service."""
 
+import hashlib
+import os
+import random
+import resource
 import sys
+import time
 
+import anyio
 import pytest
 
 if sys.version_info < (3, 11):
     pytest.skip("NOT RUN: E2B's SDK needs Python 3.11", allow_module_level=True)
 
-from emulators.e2b.server import running
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.e2b import E2B
+from metaflow_sandbox.backends.e2b.sandbox import E2BSandbox
+from metaflow_sandbox.errors import ConnectionLost, SandboxError, SandboxGone
 from metaflow_sandbox.testing import BackendContract
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running() as server:
-        yield server
+#: Whether all is run that takes long on CI.
+FULL = os.environ.get("E2B_FULL") == "1"
+START = "POST /process.Process/Start"
 
 
 @pytest.fixture(autouse=True)
-def account(server, monkeypatch):
-    for name, value in server.environment.items():
+def account(e2b_service, monkeypatch):
+    for name, value in e2b_service.environment.items():
         monkeypatch.setenv(name, value)
-    server.reset()
-    return server
+    e2b_service.reset()
+    return e2b_service
 
 
 class TestE2B(BackendContract):
@@ -32,3 +38,214 @@ class TestE2B(BackendContract):
     @pytest.fixture
     def backend(self):
         return E2B()
+
+
+async def pieces(size, piece):
+    for _ in range(size // len(piece)):
+        yield piece
+
+
+def test_files_of_any_size_stream_and_memory_stays_flat(account):
+    """1 GB by `make e2b-full`."""
+    size, piece = (1024 if FULL else 96) << 20, random.randbytes(1 << 20)
+
+    async def there_and_back():
+        sandbox = await E2B().create(SandboxSpec(network=False))
+        try:
+            await sandbox.write_bytes("/home/user/first", piece)  # what it takes once
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            began = time.monotonic()
+            await sandbox.write("/home/user/big", pieces(size, piece))
+            up = time.monotonic() - began
+            read, digest = 0, hashlib.sha256()
+            async for data in sandbox.read("/home/user/big"):
+                read += len(data)
+                digest.update(data)
+            down = time.monotonic() - began - up
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        finally:
+            await sandbox.destroy()
+        expected = hashlib.sha256()
+        for _ in range(size >> 20):
+            expected.update(piece)
+        assert (read, digest.digest()) == (size, expected.digest())
+        print(f"{size >> 20} MB up in {up:.1f} s, down in {down:.1f} s, {grown >> 10} MB more")
+        assert grown < 64 << 10
+
+    anyio.run(there_and_back)
+
+
+#: What becomes of a fault on the way: (request, fault, what is done, error).
+FAULTS = [
+    (START, {"status": 429, "body": {"code": "resource_exhausted", "message": "slow"}}, "run",
+     SandboxError),
+    (START, {"status": 502, "body": {"code": 502, "message": "The sandbox was not found"}}, "run",
+     SandboxGone),
+    (START, {"status": 502, "body": {"code": 502, "message": "the port is not open"}}, "run",
+     ConnectionLost),
+    (START, {"lose": True}, "run", ConnectionLost),
+    (START, {"reset_download": 30}, "run", ConnectionLost),
+    (START, {"stall": 0}, "run", ConnectionLost),
+    (START, {"stall": 120}, "run", ConnectionLost),
+    ("POST /files", {"reset_upload": 1}, "write", ConnectionLost),
+    ("POST /files", {"lose": True}, "write", ConnectionLost),
+    ("POST /files", {"stall": 0}, "write", ConnectionLost),
+    ("POST /files", {"status": 507, "body": {"code": 507, "message": "not enough disk space"}},
+     "write", OSError),
+    ("POST /files", {"status": 429, "body": {"code": 429, "message": "slow"}}, "write",
+     SandboxError),
+    ("GET /files", {"reset_download": 1000}, "read", ConnectionLost),
+    ("GET /files", {"cut_download": 1000}, "read", ConnectionLost),
+    ("GET /files", {"stall": 1000}, "read", ConnectionLost),
+    ("POST /filesystem", {"lose": True}, "read", ConnectionLost),
+    ("/timeout", {"status": 500, "body": {"code": 500, "message": "sorry"}}, "renew", SandboxError),
+    ("/timeout", {"lose": True}, "renew", ConnectionLost),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("match", "fault", "action", "error"), FAULTS)
+def test_a_fault_is_an_error_of_its_class_and_the_sandbox_can_be_destroyed(
+    account, monkeypatch, match, fault, action, error
+):
+    monkeypatch.setattr(E2BSandbox, "quiet_seconds", 3.0)
+    monkeypatch.setattr(E2BSandbox, "idle_seconds", 3.0)
+
+    async def meet():
+        sandbox = await E2B().create(SandboxSpec())
+        actions = {
+            "run": lambda: sandbox.run(["sh", "-c", "echo out; sleep 1; echo more"]),
+            "write": lambda: sandbox.write_bytes("/home/user/x", b"x" * 1000),
+            "read": lambda: sandbox.read_bytes("/home/user/big", 1 << 20),
+            "renew": lambda: sandbox.renew(60),
+        }
+        try:
+            await sandbox.write_bytes("/home/user/big", b"x" * 100_000)
+            account.fault(match, **fault)
+            with anyio.fail_after(60), pytest.raises(error) as raised:
+                await actions[action]()
+            if isinstance(raised.value, SandboxError):
+                assert raised.value.code and raised.value.op == action.replace("run", "exec")
+            await actions[action]()  # it was the way that failed
+        finally:
+            await sandbox.destroy()
+        assert account.ask("GET", "faults")[0]["times"] == 0
+
+    anyio.run(meet)
+    assert account.cloud()["sandboxes"] == {}
+
+
+CREATION = [
+    ({"status": 401, "body": {"code": 401, "message": "no"}}, "backend_unavailable", None),
+    ({"status": 403, "body": {"code": 403, "message": "no"}}, "backend_unavailable", None),
+    ({"status": 429, "body": {"code": 429, "message": "slow"}}, "rate_limited", True),
+    ({"status": 429, "body": {"code": 429, "message": "concurrent"}}, "no_place", True),
+    ({"status": 503, "body": {"code": 503, "message": "no room"}}, "busy", True),
+    ({"status": 500, "body": {"code": 500, "message": "sorry"}}, "provider_failed", True),
+    ({"status": 400, "body": {"code": 400, "message": "no"}}, "refused", False),
+    ({"lose": True}, "create_failed", True),
+]
+
+
+@pytest.mark.parametrize(("fault", "code", "retryable"), CREATION)
+def test_a_creation_that_fails_leaves_nothing_and_says_whether_to_try_again(
+    account, fault, code, retryable
+):
+    account.fault("POST /v2/sandboxes", times=-1, **fault)
+
+    async def make():
+        with pytest.raises(SandboxError) as raised:
+            await E2B().create(SandboxSpec())
+        assert (raised.value.code, raised.value.retryable) == (code, retryable)
+
+    anyio.run(make)
+    assert account.cloud()["sandboxes"] == {}
+
+
+def test_an_answer_that_got_lost_is_asked_for_again_and_makes_one_sandbox(account):
+    account.fault("POST /v2/sandboxes", lose=True)
+
+    async def make():
+        sandbox = await E2B().create(SandboxSpec())
+        assert list(account.cloud()["sandboxes"]) == [sandbox.id]
+        await sandbox.destroy()
+
+    anyio.run(make)
+
+
+def test_a_sandbox_is_asked_for_with_its_network_and_without_variables(account):
+    listed = {"allowOut": ["a.com", "*.b.com"], "denyOut": ["0.0.0.0/0"]}
+    asked = {
+        True: {},
+        False: {"allow_internet_access": False},
+        ("a.com", "*.b.com"): {"network": listed},
+    }
+
+    async def look(network):
+        sandbox = await E2B().create(SandboxSpec(network=network, lifetime=77))
+        request = account.cloud()["sandboxes"][sandbox.id]["request"]
+        await sandbox.destroy()
+        return request
+
+    for network, expected in asked.items():
+        request = anyio.run(look, network)
+        assert (request["timeout"], request["envVars"]) == (77, {})
+        found = {k: request[k] for k in ("network", "allow_internet_access") if k in request}
+        assert found == expected
+
+
+def test_a_renewal_lets_a_sandbox_live_longer(account):
+    async def outlive():
+        sandbox = await E2B().create(SandboxSpec(lifetime=3))
+        await sandbox.renew(120)
+        await anyio.sleep(4)
+        assert (await sandbox.run(["true"])).exit_code == 0
+        await sandbox.destroy()
+
+    anyio.run(outlive)
+
+
+def test_launchers_that_need_the_same_template_build_it_once(account):
+    recipe = Recipe("python:3.11", ("echo once",), cpu=1.0)
+    account.cloud(build=0.5)
+    said = []
+
+    async def say(line):
+        said.append(line)
+
+    async def both():
+        async with anyio.create_task_group() as tasks:
+            for _ in range(3):
+                tasks.start_soon(E2B().prepare, recipe, say)
+
+    anyio.run(both)
+    assert sum("builds a template" in line for line in said) == 1
+    assert "once" in said
+
+
+def test_a_build_that_failed_is_not_found_as_a_template(account):
+    recipe = Recipe("python:3.11", ("exit 3",))
+    for _ in range(2):
+        with pytest.raises(SandboxError, match="exit status 3") as raised:
+            anyio.run(E2B().prepare, recipe)
+        assert raised.value.code == "build_failed"
+
+
+def test_files_and_an_installation_are_baked_into_a_template(account, tmp_path):
+    (tmp_path / "wheels/sub").mkdir(parents=True)
+    (tmp_path / "wheels/sub/a.whl").write_text("a wheel")
+    (tmp_path / "script").write_text("mkdir -p /opt/env; cp /in/wheels/sub/a.whl /opt/env/a")
+    recipe = Recipe(
+        files={"/in/wheels": tmp_path / "wheels", "/in/script": tmp_path / "script"},
+        install=("sh", "/in/script"),
+        prefix="/opt/env",
+    )
+
+    async def use():
+        prepared = await E2B().prepare(recipe)
+        sandbox = await E2B().create(SandboxSpec(image=prepared.image))
+        try:
+            return await sandbox.run(["sh", "-c", "cat /opt/env/a; ls -A /in"])
+        finally:
+            await sandbox.destroy()
+
+    assert anyio.run(use).stdout == b"a wheel"

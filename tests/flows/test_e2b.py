@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import tarfile
 import time
@@ -310,12 +311,10 @@ def test_bad_input_is_refused_at_launch_with_its_remedy(project, e2b, parameters
     assert "Task is starting" not in done.output
 
 
-@pytest.mark.parametrize(("tasks", "at_once"), [(8, 3)])
+@pytest.mark.parametrize(
+    ("tasks", "at_once"), [(100, 20) if os.environ.get("E2B_FULL") == "1" else (8, 3)]
+)
 def test_a_foreach_keeps_to_the_accounts_limits(project, e2b, tasks, at_once):
-    run_many(project, e2b, tasks, at_once)
-
-
-def run_many(project, e2b, tasks, at_once):
     """A foreach over an account's limits, with 50 ms of latency; nothing is refused."""
     project.write("flow.py", small(items=tasks))
     e2b.cloud(concurrent=at_once, per_second=2, boot=0.1)

@@ -26,7 +26,7 @@ async def main(key):
 
     front = Front(app)
     config = uvicorn.Config(
-        front, log_level="error", lifespan="off", timeout_graceful_shutdown=1, http="h11"
+        front, log_level="critical", lifespan="off", timeout_graceful_shutdown=1, http="h11"
     )
     server = uvicorn.Server(config)
     front.connections = lambda: server.server_state.connections

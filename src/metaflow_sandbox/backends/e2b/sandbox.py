@@ -261,6 +261,7 @@ class _Running:
                 on_stdout=partial(self._guarded, self._lines),
                 on_stderr=partial(self._guarded, self._noise),
                 timeout=0,
+                request_timeout=min(60.0, self._sandbox.quiet_seconds),  # until it has begun
                 retain_output=False,
             )
         self._heard.note()
