@@ -539,7 +539,7 @@ class Backend(ABC):
         raise NotEnforceable(f"{self.name} has no shell", op="shell")
 
     def refuse(self, spec: SandboxSpec) -> None:
-        """For `create` to begin with.
+        """For `create` to begin with. Asked before the first task starts, too.
 
         Raises:
             NotEnforceable: the spec asks for something that can't be had here.

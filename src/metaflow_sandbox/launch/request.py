@@ -307,5 +307,7 @@ class Request:
             )
         request = replace(self, **dropped)
         amounts = {name: getattr(request, name) for name in _AMOUNTS}
-        backend.refuse(SandboxSpec(**amounts, network=network, options=self.options))
+        backend.refuse(
+            SandboxSpec(**amounts, image=self.image, network=network, options=self.options)
+        )
         return request, notes
