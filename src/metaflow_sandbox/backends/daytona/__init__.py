@@ -204,10 +204,55 @@ class Daytona(Backend):
             return Prepared()  # the account's default snapshot
         image = recipe.image or self._default_image()
         snapshots.refuse_latest(image)
-        name = await anyio.to_thread.run_sync(snapshots.name_of, recipe, size, image)
+        base = replace(recipe, files={}, install=(), prefix=None)
+        name = await anyio.to_thread.run_sync(snapshots.name_of, base, size, image)
         async with self.clients.one() as sdk:
-            await snapshots.make(sdk, name, recipe, size, image, say)
+            await snapshots.make(sdk, name, base, size, image, say)
+            if recipe.install:
+                whole = await anyio.to_thread.run_sync(snapshots.name_of, recipe, size, image)
+                await self._install(sdk, whole, name, recipe, say)
+                name = whole
         return Prepared(name)
+
+    async def _install(
+        self, sdk: AsyncDaytona, name: str, base: str, recipe: Recipe, say: Say
+    ) -> None:
+        """Makes a snapshot of a sandbox in which the recipe's files were installed.
+
+        A Dockerfile could bring the files too, by an object store; this way they take the
+        road of all others, and need no more than the API. The sandbox's name is taken while
+        it is there, so that launchers that come at the same time wait for it.
+        """
+        builder = f"{name}-builder"
+        while not await snapshots.usable(sdk, name, say):
+            await snapshots.forget_failed(sdk, name)
+            spec = SandboxSpec({"metaflow-purpose": "prepare"}, lifetime=snapshots.BUILD_SECONDS)
+            try:
+                sandbox = await self._make(spec, base, builder)
+            except SandboxError as e:
+                if faults.status_of(e) != 409:
+                    raise
+                await say(f"waiting for another launcher, which makes {name}.")
+                await self._ended(sdk, builder)
+                continue
+            try:
+                await snapshots.install(sandbox, recipe, say)
+                await sandbox.capture(name, snapshots.BUILD_SECONDS)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await sandbox.destroy()
+
+    async def _ended(self, sdk: AsyncDaytona, name: str) -> None:
+        """Waits until a sandbox is gone, or about to be."""
+        async for _ in snapshots.waiting():
+            try:
+                box = await client.call("prepare", functools.partial(sdk.get, name), again=True)
+            except Exception as e:
+                if faults.status_of(e) == 404:
+                    return
+                raise faults.explain(e, "prepare", client.url()) from e
+            if getattr(box.state, "value", "") in _ENDING:
+                return
 
     @staticmethod
     def _default_image() -> str:
@@ -225,9 +270,13 @@ class Daytona(Backend):
                 spec.image, cpu=spec.cpu, memory=spec.memory, disk=spec.disk, gpu=spec.gpu
             )
             snapshot = (await self.prepare(recipe)).image
+        # By its name it is found again if the answer is lost.
+        return await self._make(spec, snapshot, f"metaflow-{uuid.uuid4().hex[:20]}")
+
+    async def _make(self, spec: SandboxSpec, snapshot: str | None, name: str) -> DaytonaSandbox:
         sdk = await self.clients.acquire()
         try:
-            box = await self._create(sdk, spec, snapshot)
+            box = await self._create(sdk, spec, snapshot, name)
             sandbox = DaytonaSandbox(self, box, network.name(spec.network))
             try:
                 await sandbox.ready()
@@ -241,7 +290,7 @@ class Daytona(Backend):
         return sandbox
 
     async def _create(
-        self, sdk: AsyncDaytona, spec: SandboxSpec, snapshot: str | None
+        self, sdk: AsyncDaytona, spec: SandboxSpec, snapshot: str | None, name: str
     ) -> AsyncSandbox:
         """Makes a sandbox and waits for it.
 
@@ -250,8 +299,6 @@ class Daytona(Backend):
         """
         from daytona_api_client_async import CreateSandbox
 
-        # By its name it is found again if the answer is lost.
-        name = f"metaflow-{uuid.uuid4().hex[:20]}"
         request = CreateSandbox(
             name=name,
             snapshot=snapshot,

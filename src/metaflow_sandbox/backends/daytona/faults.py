@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ...errors import (
+    NO_PLACE,
     BackendUnavailable,
     ConnectionLost,
     NotEnforceable,
@@ -164,7 +165,7 @@ def explain(error: BaseException, op: str, url: str, *, nothing_ran: bool = True
             f"the organisation's quota at Daytona is used up: {said} Wait until other sandboxes "
             "have ended, ask for less, run fewer at once (METAFLOW_SANDBOX_CONCURRENT="
             f"daytona=…), or raise it at {_LIMITS}.",
-            code="quota_exceeded",
+            code=NO_PLACE,
             op=op,
             retryable=retry,
         )

@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ...errors import NotEnforceable, SandboxError
-from ..base import Recipe, Say
+from ..base import Recipe, Sandbox, Say
 from . import client, faults
 
 if TYPE_CHECKING:
     from daytona import AsyncDaytona, Image
 
 PREFIX = "metaflow-sandbox-"
-_BUILD_SECONDS = 3600.0
+BUILD_SECONDS = 3600.0
 _POLL_SECONDS = (0.25, 5.0)
 _CHECK = (
     "import sys; sys.version_info >= (3, 8) or sys.exit('Python %d.%d is too old' % "
     "sys.version_info[:2])"
 )
 _LOG_KEPT = 15
+_FAILED = ("error", "build_failed")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def name_of(recipe: Recipe, size: Size, image: str) -> str:
 
 
 def definition(recipe: Recipe, image: str) -> Image:
-    """The recipe as the SDK has it: the lines of a Dockerfile, and files that go along."""
+    """An image and what prepares it, as the SDK has it: the lines of a Dockerfile."""
     from daytona import Image
 
     made = Image.base(image)
@@ -85,11 +86,6 @@ def definition(recipe: Recipe, image: str) -> Image:
     made = made.dockerfile_commands(["USER root"])
     for command in recipe.setup:
         made = made.run_commands(f"sh -c {shlex.quote(command)}")
-    for inside, source in recipe.files.items():
-        add = made.add_local_dir if source.is_dir() else made.add_local_file
-        made = add(str(source), inside)
-    if recipe.install:
-        made = made.run_commands(shlex.join(recipe.install))
     return made.run_commands(f"python3 -c {shlex.quote(_CHECK)}")
 
 
@@ -112,15 +108,15 @@ async def usable(sdk: AsyncDaytona, name: str, say: Say) -> Any:
         None if there is none, or only one whose making failed.
     """
     waked = said = False
-    with anyio.fail_after(_BUILD_SECONDS):
-        async for _ in _waiting():
+    with anyio.fail_after(BUILD_SECONDS):
+        async for _ in waiting():
             snapshot = await find(sdk, name)
             if snapshot is None:
                 return None
             state = snapshot.state.value
             if state == "active":
                 return snapshot
-            if state in ("error", "build_failed"):
+            if state in _FAILED:
                 return None
             if state == "inactive" and not waked:
                 waked = True
@@ -134,7 +130,7 @@ async def usable(sdk: AsyncDaytona, name: str, say: Say) -> Any:
     return None
 
 
-async def _waiting() -> AsyncIterator[None]:
+async def waiting() -> AsyncIterator[None]:
     pause, longest = _POLL_SECONDS
     while True:
         yield
@@ -153,10 +149,7 @@ async def make(
     for _ in range(2):
         if await usable(sdk, name, say):
             return
-        if failed := await find(sdk, name):
-            # What another launcher failed to make may succeed now: a registry was away.
-            with contextlib.suppress(Exception):
-                await client.call("prepare", functools.partial(sdk.snapshot.delete, failed))
+        await forget_failed(sdk, name)
         try:
             await _build(sdk, name, recipe, size, image, say)
         except Exception as e:
@@ -186,7 +179,7 @@ async def _build(
 
     async def tell() -> None:
         async for text in receive:
-            for line in filter(None, (part.rstrip() for part in text.splitlines())):
+            for line in _lines(text):
                 log.append(line)
                 del log[:-_LOG_KEPT]
                 await say(line)
@@ -197,13 +190,13 @@ async def _build(
         with send:
             try:
                 create = functools.partial(sdk.snapshot.create, params, on_logs=on_logs, timeout=0)
-                await client.call("prepare", create, seconds=_BUILD_SECONDS)
+                await client.call("prepare", create, seconds=BUILD_SECONDS)
             except Exception as e:
                 problem = e
     if problem is None:
         return
     if faults.status_of(problem) is None and not isinstance(problem, TimeoutError):
-        said = "\n".join(log)
+        said = "\n".join(await _log_of(sdk, name) or log)
         hint = " It needs a python3, 3.8 or later, on its PATH." if "python3" in said else ""
         raise SandboxError(
             f"image={image!r}: Daytona could not make a snapshot of it: "
@@ -215,6 +208,75 @@ async def _build(
     if faults.status_of(problem) == 409:
         raise problem
     raise faults.explain(problem, "prepare", client.url()) from problem
+
+
+async def forget_failed(sdk: AsyncDaytona, name: str) -> None:
+    """Removes what another launcher failed to make: it may succeed now, if a registry was away."""
+    failed = await find(sdk, name)
+    if failed and failed.state.value in _FAILED:
+        with contextlib.suppress(Exception):
+            await client.call("prepare", functools.partial(sdk.snapshot.delete, failed))
+
+
+async def install(sandbox: Sandbox, recipe: Recipe, say: Say) -> None:
+    """Brings a recipe's files into a sandbox, runs its installation, and takes them away.
+
+    Raises:
+        SandboxError: the installation failed, with the end of what it printed.
+    """
+    directories = {inside: path for inside, path in recipe.files.items() if path.is_dir()}
+    if directories:
+        await sandbox.deliver(directories)
+    for inside, path in recipe.files.items():
+        if inside not in directories:
+            async with await anyio.open_file(path, "rb") as file:
+                await sandbox.write(inside, _pieces(file))
+    log: list[str] = []
+
+    async def tell(data: bytes) -> None:
+        for line in _lines(data.decode(errors="replace")):
+            log.append(line)
+            del log[:-_LOG_KEPT]
+            await say(line)
+
+    await say(f"installing what the step needs ({shlex.join(recipe.install)[:80]}).")
+    code = await sandbox.exec(
+        recipe.install, cwd="/", on_stdout=tell, on_stderr=tell, timeout=BUILD_SECONDS
+    )
+    if code != 0:
+        raise SandboxError(
+            f"the installation failed with exit code {code}.\n" + "\n".join(log),
+            code="install_failed",
+            op="prepare",
+            retryable=False,
+        )
+    gone = [*recipe.files, sandbox.backend.work]
+    await sandbox.exec(["rm", "-rf", "--", *gone], cwd="/")
+
+
+async def _pieces(file: anyio.AsyncFile[bytes]) -> AsyncIterator[bytes]:
+    while piece := await file.read(1 << 20):
+        yield piece
+
+
+def _lines(text: str) -> list[str]:
+    """What a build printed, without what would steer a terminal."""
+    plain = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
+    return [line.rstrip() for line in plain if line.strip()]
+
+
+async def _log_of(sdk: AsyncDaytona, name: str) -> list[str]:
+    """The end of a build's log: the SDK shows none of one that failed within a second."""
+    from daytona_api_client_async import SnapshotsApi
+
+    api = SnapshotsApi(sdk._api_client)
+    with contextlib.suppress(Exception), anyio.fail_after(client.CALL_SECONDS):
+        snapshot = await api.get_snapshot(name)
+        where = await api.get_snapshot_build_logs_url(snapshot.id)
+        session = sdk._shared_session.require_session()
+        async with session.get(where.url, headers=sdk._api_client.default_headers) as answer:
+            return _lines(await answer.text())[-_LOG_KEPT:]
+    return []
 
 
 def refuse_latest(image: str) -> None:
