@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -107,6 +108,13 @@ class Emulator:
         """Identities of the sandboxes that there are."""
         ending = ("destroying", "destroyed")
         return [i for i, state in self.state()["sandboxes"].items() if state not in ending]
+
+    def wait_until_none_lives(self, seconds=30):
+        """Whether every sandbox is gone in time: their ends are asked for, and come after."""
+        deadline = time.monotonic() + seconds
+        while self.living() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.living()
 
     def drop_logs(self, *drops):
         """The next log followers are dropped after (bytes, by the close code)."""
