@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-containers test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full docs clean
+.PHONY: demo demo-cheats check test test-containers test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,10 @@ faults: $(VENV)/dev
 # Every kind of environment, with large packages and other Pythons; `make test` runs a part.
 deps: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 -m 'not integration' tests/dependencies
+
+# What takes minutes: a gigabyte up and down, a foreach of 100 under a rate limit.
+large: $(VENV)/dev
+	$(BIN)/python -m pytest -q -s tests -m large
 
 # A foreach of 1,000 with random faults.
 soak: $(VENV)/dev

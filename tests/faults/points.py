@@ -13,10 +13,10 @@ from pathlib import Path
 
 import anyio
 
-#: {point: (module, class, method, whether it is stopped at after it has run)}; * is a backend
+#: {point: (module, class, method, whether it is stopped at after it has run)}; None: see below.
 POINTS = {
-    "creating": ("backends.*.sandbox", "*Sandbox", "_start", True),
-    "created": ("backends.*.sandbox", "*Sandbox", "facts", False),
+    "creating": None,
+    "created": None,
     "uploading": ("launch.stage", "Staging", "_inputs", True),
     "starting": ("launch.attempt", "Attempt", "_run_step", False),
     "running": ("launch.attempt", "Attempt", "_frames", False),
@@ -24,6 +24,23 @@ POINTS = {
     "collecting": ("launch.attempt", "Attempt", "_collect", True),
     "recording": ("launch.record", "Recorder", "_save_cards", False),
     "destroying": ("launch.attempt", "Attempt", "_destroy", False),
+}
+_BUBBLEWRAP = {
+    "creating": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "_start", True),
+    "created": ("backends.bubblewrap.sandbox", "BubblewrapSandbox", "facts", False),
+}
+#: Where each backend has the others; FAULT_BACKEND names it. A new one is two lines.
+OF_BACKENDS = {
+    "bubblewrap": _BUBBLEWRAP,
+    "remote-like": _BUBBLEWRAP,
+    "docker": {
+        "creating": ("backends.docker.sandbox", "DockerSandbox", "_start", True),
+        "created": ("backends.docker.sandbox", "DockerSandbox", "facts", False),
+    },
+    "daytona": {
+        "creating": ("backends.daytona", "Daytona", "_started", True),
+        "created": ("backends.daytona.sandbox", "DaytonaSandbox", "facts", False),
+    },
 }
 REACHED, GO, CLOCK = "fault-reached", "fault-go", "fault-clock"
 
@@ -34,12 +51,8 @@ def install():
     real = time.time
     time.time = lambda: real() + jump()
     if point and "supervise" in sys.orig_argv and not Path(REACHED).exists():
-        module, owner, *rest = POINTS[point]
-        for place in {
-            (module.replace("*", backend), owner.replace("*", backend.title()), *rest)
-            for backend in ("bubblewrap", "docker")
-        }:
-            sys.meta_path.insert(0, Finder(place))
+        own = OF_BACKENDS[os.environ["FAULT_BACKEND"]]
+        sys.meta_path.insert(0, Finder({**POINTS, **own}[point]))
 
 
 def jump():

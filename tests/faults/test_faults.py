@@ -147,6 +147,10 @@ def ours(project, pids, who):
     return kept
 
 
+def stopping_at(point, backend):
+    return {"FAULT_POINT": point, "FAULT_BACKEND": backend}
+
+
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -162,7 +166,7 @@ def test_after_a_fault_nothing_is_left_and_the_run_can_be_resumed(
         engine = request.getfixturevalue("docker")
         faulty.environment["DOCKER_HOST"] = engine.host
     faulty.write("flow.py", FLOW % backend)
-    process = faulty.start("flow.py", "run", env={"FAULT_POINT": point})
+    process = faulty.start("flow.py", "run", env=stopping_at(point, backend))
     reached = faulty.directory / points.REACHED
     wait_for(lambda: reached.exists() or process.poll() is not None)
     assert process.poll() is None, process.communicate()[0].decode()
@@ -220,7 +224,7 @@ def test_after_a_fault_nothing_is_left_and_the_run_can_be_resumed(
 @pytest.mark.parametrize("days", [-30, 30])
 def test_a_clock_that_jumps_ends_nothing(faulty, point, days):
     faulty.write("flow.py", FLOW % "remote-like")
-    process = faulty.start("flow.py", "run", env={"FAULT_POINT": point})
+    process = faulty.start("flow.py", "run", env=stopping_at(point, "remote-like"))
     reached = faulty.directory / points.REACHED
     wait_for(lambda: reached.exists() or process.poll() is not None)
     (faulty.directory / points.CLOCK).write_text(str(days * 86400))

@@ -1,10 +1,22 @@
 """Flows in Daytona's sandboxes: the real SDK against a server on loopback."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 
+import anyio
+import metaflow  # noqa: F401 - before what extends it
 import pytest
+
+from metaflow_extensions.sandbox.plugins.decorators import DaytonaDecorator
+from metaflow_sandbox.backends import daytona as backends
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
+from metaflow_sandbox.errors import SandboxError
+from metaflow_sandbox.launch.request import Request
+from metaflow_sandbox.launch.session import Session
 
 FLOW = """
     import os, sys
@@ -82,6 +94,11 @@ def small(project, decorator="@daytona", body="self.x = 1"):
 
 
 @pytest.fixture
+def anyio_backend():
+    return "asyncio"
+
+
+@pytest.fixture
 def cloud(project, daytona):
     """A project whose user has a key, and the server that it is for."""
     project.environment.update(daytona.environment)
@@ -91,10 +108,7 @@ def cloud(project, daytona):
 @pytest.fixture
 def user(project, cloud):
     yield project
-    deadline = time.monotonic() + 30
-    while cloud.living() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert cloud.living() == []
+    assert cloud.wait_until_none_lives()
 
 
 def test_a_flow_runs_from_end_to_end_and_only_what_is_named_goes_in(user, cloud, tmp_path):
@@ -244,7 +258,7 @@ def test_an_evicted_sandbox_fails_the_attempt_and_says_so(user, cloud):
 
 
 def test_no_line_is_lost_or_shown_twice_when_logs_drop(user, cloud):
-    cloud.drop_logs([0, 1011], [300, 1011], [4000, 1006], [9000, 1011])
+    cloud.drop_logs([0, 1011], [300, 1011], [4000, 1012], [9000, 1011])
     small(user, body="""import time
             for i in range(40):
                 print("line", i, "x" * 200, flush=True)
@@ -258,51 +272,73 @@ def test_no_line_is_lost_or_shown_twice_when_logs_drop(user, cloud):
 # --- what a user can do wrong
 
 BAD = {
-    "no key": ("@daytona", {}, {"DAYTONA_API_KEY": ""}, "export DAYTONA_API_KEY="),
-    "a wrong key": ("@daytona", {}, {"DAYTONA_API_KEY": "dtn_wrong"}, "refuses the key"),
-    "no network": (
-        "@daytona", {}, {"DAYTONA_API_URL": "http://127.0.0.1:9/api"}, "Check the network",
-    ),
-    "no such snapshot": ("@daytona(snapshot='nope')", {}, {}, "there is no such snapshot"),
-    "a snapshot and a size": ("@daytona(snapshot='nope', cpu=1)", {}, {}, "Leave one out"),
-    "no such image": ("@daytona(image='no/such:1')", {}, {}, "could not make a snapshot"),
-    "an image without a version": ("@daytona(image='python')", {}, {}, "name a version"),
-    "an image without Python": ("@daytona(image='no-python:1')", {}, {}, "needs a python3"),
-    "a setup that fails": ("@daytona(setup=['echo oops; exit 3'])", {}, {}, "oops"),
-    "too large": ("@daytona(cpu=5)", {}, {}, "4 CPUs at most"),
-    "no such region": ("@daytona", {}, {"DAYTONA_TARGET": "moon"}, "is no region"),
-    "a suspended organisation": ("@daytona", {"suspended": True}, {}, "suspended"),
-    "a tier without it": (
-        "@daytona(network=['example.com'])", {"restricted": True}, {}, "can't be had from daytona",
-    ),
-    "a list that is too long": (
-        f"@daytona(network={[f'93.184.216.{i}' for i in range(11)]})", {}, {}, "10 addresses",
+    "no key": ({}, {}, {"DAYTONA_API_KEY": ""}, "export DAYTONA_API_KEY="),
+    "a wrong key": ({}, {}, {"DAYTONA_API_KEY": "dtn_wrong"}, "refuses the key"),
+    "no network": ({}, {}, {"DAYTONA_API_URL": "http://127.0.0.1:9/api"}, "Check the network"),
+    "no such snapshot": ({"snapshot": "nope"}, {}, {}, "there is no such snapshot"),
+    "a snapshot and a size": ({"snapshot": "nope", "cpu": 1}, {}, {}, "Leave one out"),
+    "no such image": ({"image": "no/such:1"}, {}, {}, "could not make a snapshot"),
+    "an image without a version": ({"image": "python"}, {}, {}, "name a version"),
+    "an image without Python": ({"image": "no-python:1"}, {}, {}, "needs a python3"),
+    "a setup that fails": ({"setup": ["echo oops; exit 3"]}, {}, {}, "oops"),
+    "too large": ({"cpu": 5}, {}, {}, "4 CPUs at most"),
+    "no such region": ({}, {}, {"DAYTONA_TARGET": "moon"}, "is no region"),
+    "a suspended organisation": ({}, {"suspended": True}, {}, "suspended"),
+    "a tier without it": ({"network": ["example.com"]}, {"restricted": True}, {}, "can't be had"),
+    "a long list": (
+        {"network": [f"93.184.216.{i}" for i in range(11)]}, {}, {}, "10 addresses",
     ),
     "hosts and addresses": (
-        "@daytona(network=['example.com', '93.184.216.34'])", {}, {}, "not to both",
+        {"network": ["example.com", "93.184.216.34"]}, {}, {}, "not to both",
     ),
-    "a key that may not": ("@daytona(memory=2048)", {"may": []}, {}, "permission"),
+    "a key that may not": ({"memory": 2048}, {"may": []}, {}, "permission"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_wrong_is_said_before_any_step_runs(user, cloud, name):
-    decorator, settings, environment, said = BAD[name]
+def test_what_is_wrong_is_said_at_the_launch_with_what_to_do(cloud, monkeypatch, name):
+    asked, settings, environment, said = BAD[name]
     cloud.set(**settings)
-    small(user, decorator, "print('start has run'); self.x = 1")
-    done = user.run("flow.py", "run", env=environment)
+    monkeypatch.setattr(backends, "_TIERS", {})
+    for variable, value in {**cloud.environment, **environment}.items():
+        monkeypatch.setenv(variable, value)
+    deco = DaytonaDecorator(attributes=asked, statically_defined=True)
+    deco.init()
+    request = Request.from_decorator(deco, [deco])
+    lines = []
+    session = Session([])
+    try:
+        with pytest.raises(SandboxError) as refused:
+            session.admit("start", request, lambda line, **_: lines.append(line))
+    finally:
+        session.close()
+    assert said in f"{refused.value}" + "\n".join(lines)
+    assert cloud.key not in f"{refused.value}"
+
+
+def test_what_is_wrong_is_said_before_any_step_runs(user):
+    small(user, "@daytona(snapshot='nope')", "print('start has run'); self.x = 1")
+    done = user.run("flow.py", "run")
     assert done.code != 0
-    assert said in done.output
+    assert "there is no such snapshot" in done.output
     assert "Traceback" not in done.output
     assert "start has run" not in done.output
 
 
-def test_a_quota_that_is_used_up_is_told_from_a_bad_request(user, cloud):
+@pytest.mark.anyio
+async def test_a_quota_that_is_used_up_is_told_from_a_bad_request(cloud, monkeypatch):
+    """So that the first is waited for, and the second is not tried again."""
+    for variable, value in cloud.environment.items():
+        monkeypatch.setenv(variable, value)
     cloud.set(total_cpu=0)
-    small(user)
-    done = user.run("flow.py", "run", env={"METAFLOW_SANDBOX_DEBUG": "1"})
-    assert done.code != 0
-    assert "quota at Daytona is used up: Total CPU limit exceeded" in done.output
+    with pytest.raises(SandboxError, match="quota at Daytona is used up: .*Total CPU") as quota:
+        await backends.Daytona().create(SandboxSpec())
+    assert (quota.value.code, quota.value.retryable) == ("no_place", True)
+    cloud.reset()
+    cloud.fault("POST /api/sandbox", status=400, body={"message": "labels must be an object"})
+    with pytest.raises(SandboxError, match="labels must be an object") as bad:
+        await backends.Daytona().create(SandboxSpec())
+    assert bad.value.retryable is False
 
 
 def test_a_tier_that_is_found_out_late_leaves_nothing(user, cloud):
@@ -329,6 +365,44 @@ def test_a_step_has_what_it_asks_for_in_whole_units_and_setup_is_done_once(user,
     assert sizes["sandbox-limits"].startswith("2 CPUs, 2 GB of memory")
 
 
+@pytest.mark.anyio
+async def test_an_installation_is_done_once_and_found_by_launchers_that_come_together(
+    cloud, monkeypatch, tmp_path
+):
+    for variable, value in cloud.environment.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "a").write_text("a wheel")
+    (tmp_path / "script").write_text("mkdir -p /env && cp -r /in/wheels /env && echo installed")
+    recipe = Recipe(
+        "python:3.12-slim", ("echo base > /opt/base",),
+        {"/in/wheels": tmp_path / "wheels", "/in/script": tmp_path / "script"},
+        ("sh", "/in/script"), "/env",
+    )  # fmt: skip
+    lines, prepared = [], []
+
+    async def say(line):
+        lines.append(line)
+
+    async def prepare():
+        prepared.append(await backends.Daytona().prepare(recipe, say))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(2):
+            tasks.start_soon(prepare)
+    assert prepared[0] == prepared[1]
+    assert lines.count("installed") == 1
+    assert any("waiting for" in line for line in lines)
+    backend = backends.Daytona()
+    sandbox = await backend.create(SandboxSpec(image=prepared[0].image))
+    try:
+        script = "cat /env/wheels/a /opt/base; ls -d /in/wheels /in/script; ls $PWD"
+        done = await sandbox.run(["sh", "-c", script])
+        assert done.stdout == b"a wheelbase\n"
+    finally:
+        await sandbox.destroy()
+
+
 def test_a_foreach_meets_a_rate_limit_and_latency_without_an_error(user, cloud):
     foreach(user, cloud, 8)
 
@@ -353,6 +427,66 @@ def foreach(user, cloud, width):
     assert refused, "the rate limit was never met"
     created = [e for e in cloud.journal() if (e["method"], e["path"]) == ("POST", "/api/sandbox")]
     assert len(created) - len(refused) == width
+
+
+TRANSFER = """
+import hashlib, resource, sys
+import anyio
+from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.daytona import Daytona
+
+PIECE = bytes(range(256)) * 4096
+
+async def main(megabytes):
+    sandbox = await Daytona().create(SandboxSpec())
+    try:
+        path = sandbox.backend.work + "/big"
+        await sandbox.write_bytes(path, PIECE)  # everything is loaded
+        [_ async for _ in sandbox.read(path)]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        async def pieces():
+            for _ in range(megabytes):
+                yield PIECE
+
+        await sandbox.write(path, pieces())
+        digest, size = hashlib.sha256(), 0
+        async for piece in sandbox.read(path):
+            digest.update(piece)
+            size += len(piece)
+        expected = hashlib.sha256()
+        for _ in range(megabytes):
+            expected.update(PIECE)
+        assert (size, digest.digest()) == (megabytes << 20, expected.digest())
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    finally:
+        await sandbox.destroy()
+
+anyio.run(main, int(sys.argv[1]))
+"""
+
+
+def transfer(cloud, megabytes):
+    """Up and down again. Returns by how many KB the memory of the process grew."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRANSFER, str(megabytes)],
+        env={**os.environ, **cloud.environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_a_large_file_goes_up_and_down_with_flat_memory(cloud):
+    assert transfer(cloud, 128) < 32 << 10
+
+
+@pytest.mark.large
+def test_a_gigabyte_goes_up_and_down_with_flat_memory(cloud):
+    grown = transfer(cloud, 1024)
+    print(f"memory grew by {grown} KB")
+    assert grown < 32 << 10
 
 
 FOREACH = """

@@ -1,0 +1,155 @@
+"""Faults in an attempt's life in a cloud's sandbox, and what is left of it, here and there.
+
+`FAULTS=all` runs the whole matrix; otherwise a part that changes with the commit.
+"""
+
+import hashlib
+import itertools
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import points
+import pytest
+from test_faults import FLOW, commit, wait_for
+
+SIGNALS = {
+    "client": ("SIGTERM", "SIGKILL"),
+    "supervisor": ("SIGTERM", "SIGKILL"),
+    "scheduler": ("SIGINT", "SIGTERM", "SIGKILL"),
+    "provider": ("eviction",),
+}
+MARKS = {"client": b"launch/client.py\0", "supervisor": b"\0sandbox\0supervise\0"}
+SAMPLE = 4
+PROMISED_SECONDS = 20
+_HAS_SANDBOX = ("created", "starting", "running", "exited", "collecting")
+MATRIX = [
+    (point, who, name)
+    for point, (who, names) in itertools.product(points.POINTS, SIGNALS.items())
+    for name in names
+    if who != "provider" or point in _HAS_SANDBOX
+]
+#: What a connection does, and whether the step's attempt survives it.
+CONNECTIONS = {
+    "a creation is throttled": (("POST /api/sandbox$", {"status": 429, "headers": {
+        "Retry-After-sandbox-create": "0.2"}, "times": 3}), True),
+    "a creation fails once": (("POST /api/sandbox$", {"status": 502}), True),
+    "the answer to a creation is lost": (("POST /api/sandbox$", {"lose": True}), True),
+    "a sandbox can't be looked at": (("GET /api/sandbox/", {"status": 503, "times": 2}), True),
+    "an upload fails": (("POST .*/bulk-upload", {"status": 502}), True),
+    "an upload is reset": (("POST .*/bulk-upload", {"reset_upload": 1000}), True),
+    "no session is made": (("POST .*/process/session$", {"status": 500}), None),
+    "a command is not taken": (("POST .*/exec$", {"status": 502}), None),
+    "the answer to a command is lost": (("POST .*/exec$", {"lose": True}), None),
+    "a deletion fails": (("DELETE /api/sandbox/", {"status": 502, "times": 2}), True),
+}  # fmt: skip
+
+
+def cases():
+    if os.environ.get("FAULTS") == "all":
+        return MATRIX
+    chosen = random.Random(hashlib.sha256(b"daytona" + commit().encode()).digest())
+    return sorted(chosen.sample(MATRIX, SAMPLE))
+
+
+def connections():
+    if os.environ.get("FAULTS") == "all":
+        return list(CONNECTIONS)
+    chosen = random.Random(hashlib.sha256(b"connections" + commit().encode()).digest())
+    return sorted(chosen.sample(sorted(CONNECTIONS), 3))
+
+
+@pytest.fixture
+def faulty(project, daytona):
+    project.environment.update(daytona.environment)
+    project.environment["PYTHONPATH"] += f":{project.directory}:{Path(__file__).parent}"
+    project.write("sitecustomize.py", "import points; points.install()")
+    project.write("flow.py", FLOW % "daytona")
+    return project
+
+
+def holders(project, who):
+    mark = str(project.temporary.parent).encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if mark in command and MARKS[who] in command:
+            found.append(int(path.name))
+    return found
+
+
+def assert_nothing_is_left_there(daytona, by_itself):
+    """No sandbox: at once, or when its lifetime is over if nobody could end it."""
+    if by_itself:
+        daytona.advance(minutes=61)
+    assert daytona.wait_until_none_lives(PROMISED_SECONDS)
+
+
+def outcome(project):
+    return project.client(
+        """
+        steps = [s.id for s in Flow("Faulty").latest_run]
+        tasks = list(Flow("Faulty").latest_run["work"]) if "work" in steps else []
+        answer = [len(t.data.after) for t in tasks if t.successful]
+        """
+    )
+
+
+@pytest.mark.parametrize(("point", "who", "name"), cases())
+def test_after_a_fault_nothing_is_left_here_or_there(faulty, daytona, point, who, name):
+    process = faulty.start("flow.py", "run", env={"FAULT_POINT": point, "FAULT_BACKEND": "daytona"})
+    reached = faulty.directory / points.REACHED
+    wait_for(lambda: reached.exists() or process.poll() is not None, 120)
+    assert process.poll() is None, process.communicate()[0].decode()
+    if who == "provider":
+        for sandbox in daytona.living():
+            daytona.evict(sandbox)
+    elif who == "scheduler" and name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
+    else:
+        victims = [process.pid] if who == "scheduler" else holders(faulty, who)
+        assert victims, f"no {who}"
+        for pid in victims:
+            os.kill(pid, signal.Signals[name])
+    time.sleep(0.1)
+    (faulty.directory / points.GO).touch()
+    output = process.communicate(timeout=180)[0].decode()
+    faulty.assert_nothing_left(PROMISED_SECONDS)
+    assert_nothing_is_left_there(daytona, (who, name) == ("supervisor", "SIGKILL"))
+    effects = re.findall(r"SIDE EFFECT \d+", output)
+    assert len(effects) == len(set(effects)), output
+    whole = outcome(faulty)
+    assert whole in ([], [1000])
+    if who == "scheduler":
+        assert process.returncode != 0
+    elif process.returncode == 0:
+        assert whole == [1000], output
+    else:
+        assert "Traceback" not in output, output
+
+
+@pytest.mark.parametrize("name", connections())
+def test_a_bad_connection_ends_well_or_is_said_and_runs_no_step_twice(faulty, daytona, name):
+    (match, fault), survives = CONNECTIONS[name]
+    # The launch itself makes no sandbox, so these meet the step's own.
+    daytona.fault(match, **fault)
+    done = faulty.run("flow.py", "run")
+    assert_nothing_is_left_there(daytona, False)
+    effects = re.findall(r"SIDE EFFECT \d+", done.output)
+    assert len(effects) == len(set(effects)), done.output
+    assert "Traceback" not in done.output, done.output
+    if survives:
+        assert done.code == 0, done.output
+    if done.code == 0:
+        assert outcome(faulty) == [1000]
+
+
+def test_the_matrix_has_every_point_and_every_fault():
+    assert {point for point, _, _ in MATRIX} == set(points.POINTS)
+    assert {who for _, who, _ in MATRIX} == set(SIGNALS)
