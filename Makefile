@@ -96,7 +96,7 @@ bench-pickles: $(VENV)/dev
 # Bytes that are guided by what they reach in the interpreter of pickles; needs atheris.
 FUZZ_SECONDS ?= 600
 fuzz: $(VENV)/dev
-	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check atheris
+	$(BIN)/pip install --quiet --disable-pip-version-check atheris
 	$(BIN)/python tests/fuzz/fuzz_pickles.py $(FUZZ_SECONDS)
 
 docs: $(VENV)/dev

@@ -48,7 +48,7 @@ _NUMBER = re.compile(
     r"[+-]?(\d+(\.\d*)?|\.\d+)(E[+-]?\d{1,18})?\Z|[+-]?s?nan\d*\Z|[+-]?inf", re.I | re.A
 )
 _RATIO = re.compile(r"-?\d+(/\d+)?\Z", re.A)
-_ZONE = re.compile(r"[A-Za-z][\w+-]*(/[A-Za-z0-9][\w+-]*){0,2}\Z", re.A)
+_ZONE = re.compile(r"[A-Za-z][\w+-]*(/[A-Za-z0-9][\w+-]*){0,3}\Z", re.A)
 #: Digits of a Decimal or Fraction. Work on them grows faster than they do.
 _DIGITS = 10_000
 _RATIO_BITS = 1 << 15
