@@ -83,8 +83,8 @@ ATTACKS = {
     "new Image().src = 'relative'",
     "preconnect": "add('<link rel=preconnect href=\"http://127.0.0.1:' + DOOR + '\">')",
     "WebRTC over TCP": "call('turn:127.0.0.1:' + DOOR + '?transport=tcp')",
-    "WebRTC of another document": "add('<iframe srcdoc=\"' + ('<script>' + call + '; DOOR = ' + DOOR"
-    " + '; call(\\'turn:127.0.0.1:\\' + DOOR + \\'?transport=tcp\\')</' + 'script>')"
+    "WebRTC of another document": "add('<iframe srcdoc=\"' + ('<script>' + call + '; DOOR = '"
+    " + DOOR + '; call(\\'turn:127.0.0.1:\\' + DOOR + \\'?transport=tcp\\')</' + 'script>')"
     ".replace(/&/g, '&amp;').replace(/\"/g, '&quot;') + '\"></iframe>')",
     "WebRTC by its own script again": "window.name == 'again' ? call('turn:127.0.0.1:' + DOOR + "
     "'?transport=tcp') : add('<iframe name=again srcdoc=\"' + document.currentScript.outerHTML"
