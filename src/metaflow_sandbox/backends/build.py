@@ -99,7 +99,8 @@ async def archived(backend: Backend, recipe: Recipe, say: Say) -> dict[str, Path
                 await sandbox.deliver(files)
                 await install(sandbox, recipe)
                 inside = f"{backend.work}/.environment.tar.gz"
-                done = await sandbox.run([backend.python, "-I", "-S", "-c", _PACK, prefix, inside])
+                python = backend.interpreter(recipe.image)
+                done = await sandbox.run([python, "-I", "-S", "-c", _PACK, prefix, inside])
                 if done.exit_code != 0:
                     raise BuildFailed(
                         f"the environment ({recipe.title}) could not be packed: "

@@ -101,7 +101,7 @@ class Environment(ABC):
             return {build: target, **{f"{backend.work}/{n}": p for n, p in beside.items()}}
 
         contents = self.digest if cached else f"{self.digest} {workspace.name}"
-        install = (backend.python, "-I", "-S", f"{build}/{INSTALL.name}")
+        install = (backend.interpreter(plain.image), "-I", "-S", f"{build}/{INSTALL.name}")
         return replace(
             plain,
             files=Fetched(files),
