@@ -1,4 +1,4 @@
-"""What the interpreter of pickles adds to loading, against plain unpickling, alternating.
+"""What the interpreter of pickles adds to loading, against plain unpickling, alternating (CPU time).
 
     python benchmarks/pickles.py [ROUNDS]
 
@@ -30,9 +30,9 @@ KINDS = {
 
 
 def took(function, data):
-    start = time.perf_counter()
+    start = time.process_time()
     loaded = function(data)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     del loaded
     return seconds
 

@@ -44,6 +44,10 @@ _LARGE = 1 << 16
 _PIECE = 1 << 12
 
 
+#: The forms of the numbers that opcodes have beside them.
+_PACKED = {form: struct.Struct(form) for form in ("<H", "<i", "<I", "<Q", ">d")}
+
+
 class _Reader:
     """Bounds-checked reading of a pickle's bytes."""
 
@@ -68,8 +72,15 @@ class _Reader:
         start = self._advance(count)
         return self.view[start : self.at]
 
+    def byte(self) -> int:
+        start = self._advance(1)
+        return self.data[start]
+
     def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        if form == "<B":
+            return self.byte()
+        packed = _PACKED[form]
+        return packed.unpack_from(self.data, self._advance(packed.size))[0]
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.at, self.at + 1000)
@@ -432,7 +443,7 @@ _HANDLERS: dict[int, Callable[[Machine], object]] = {
     0x88: lambda m: m.push(True),
     0x89: lambda m: m.push(False),
     ord("J"): lambda m: m.push(m.reader.number("<i")),
-    ord("K"): lambda m: m.push(m.reader.number("<B")),
+    ord("K"): lambda m: m.push(m.reader.byte()),
     ord("M"): lambda m: m.push(m.reader.number("<H")),
     0x8A: lambda m: m.long("<B"),
     0x8B: lambda m: m.long("<i"),
