@@ -1,4 +1,4 @@
-"""What the interpreter of pickles adds to loading, against plain unpickling, alternating (CPU time).
+"""What the interpreter of pickles adds to plain unpickling, in CPU time, alternating.
 
     python benchmarks/pickles.py [ROUNDS]
 
