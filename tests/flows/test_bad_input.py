@@ -86,36 +86,6 @@ def test_what_resources_ask_in_vain_is_said(project):
     assert "gpu=1 of @resources can't be enforced by bubblewrap" in done.output
 
 
-@pytest.mark.parametrize("command", ["argo-workflows", "step-functions", "airflow"])
-def test_deployers_are_refused_by_name(project, command):
-    project.write("flow.py", FLOW % "@sandbox")
-    arguments = [command, "create"] + (["x.py"] if command == "airflow" else [])
-    done = project.run("flow.py", *arguments)
-    assert done.code != 0
-    assert f"`{command}` would run step work outside of any sandbox" in done.output
-
-
-def test_spin_is_refused_by_name(project):
-    project.write("flow.py", FLOW % "@sandbox")
-    project.run("flow.py", "run").ok()
-    done = project.run("flow.py", "spin", "work")
-    assert done.code != 0
-    assert "@sandbox" in done.output
-    assert "Success" not in done.output
-
-
-def test_a_step_run_by_hand_does_not_run_bare(project):
-    project.write("flow.py", FLOW % "@sandbox")
-    project.run("flow.py", "run").ok()
-    run, task = project.client('r = Flow("Bad").latest_run; answer = [r.id, r["start"].task.id]')
-    done = project.run(
-        "flow.py", "step", "work", "--run-id", run, "--task-id", "99",
-        "--input-paths", f"{run}/start/{task}",
-    )  # fmt: skip
-    assert done.code != 0
-    assert "about to run outside of any sandbox" in done.output
-
-
 def test_other_environments_are_refused_for_now(project):
     project.write("flow.py", FLOW % "@sandbox")
     done = project.run("flow.py", "--environment", "uv", "run")

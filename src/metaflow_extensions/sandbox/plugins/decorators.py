@@ -285,12 +285,37 @@ class SandboxDecorator(StepDecorator):
         ubf_context: Any,
         inputs: Any,
     ) -> None:
-        if not inside_sandbox() and retry_count <= max_user_code_retries:
+        if inside_sandbox():
+            return
+        if retry_count <= max_user_code_retries:
             raise SandboxException(
                 f"Step *{step_name}* has @{self.name} and was about to run outside of any sandbox "
                 f"({WORKLOAD} is not set). Start the flow with `run` under Metaflow's own "
                 "scheduler."
             )
+        # What follows the last attempt is @catch's, and runs here. Decorators that the user
+        # wrote would run around it, and may run the step.
+        getattr(flow, step_name).__func__.wrappers = []
+
+    def task_decorate(
+        self,
+        step_func: Any,
+        flow: Any,
+        graph: Any,
+        retry_count: int,
+        max_user_code_retries: int,
+        ubf_context: Any,
+    ) -> Any:
+        names = [deco.name for deco in graph[self.step].decorators]
+        fallback_comes_first = "catch" in names[: names.index(self.name)]
+        return step_func if inside_sandbox() or fallback_comes_first else _refuse
+
+
+def _refuse(*_: Any) -> None:
+    raise SandboxException(
+        "the step's own code was about to run outside of any sandbox, in the place of what "
+        "follows its last attempt. Start the flow with `run`."
+    )
 
 
 def _print_harmlessly(flow_class: Any) -> None:
