@@ -4,6 +4,8 @@ Each attack writes a file on the host if it succeeds. `test_the_attack_works_wit
 _a_sandbox` is the positive control: the same code, unsandboxed, does write it.
 """
 
+import json
+
 import pytest
 
 FLOW = """
@@ -157,6 +159,43 @@ def test_files_in_the_name_of_other_tasks_never_leave(project, step):
     attack = HANDED_OUT.replace('"%s", other', f'"{step}", other').strip()
     done, _ = run(project, attack + "\n            self.mine = self.input")
     assert "SEEN [1, 2] [0, 1]" in done.ok().output
+
+
+FORGED_FILES = """
+            from metaflow import current
+            root = os.environ["METAFLOW_DATASTORE_SYSROOT_LOCAL"] + "/.metaflow/Attack"
+            run = root + "/" + current.run_id
+            task = run + "/hostile/" + current.task_id
+            for place in (run, task):
+                os.makedirs(place + "/_meta", exist_ok=True)
+                identity = {"tags": ["PLANTED"], "system_tags": ["PLANTED"], "ts_epoch": 1}
+                datum = {"field_name": "PLANTED", "value": "PLANTED", "type": "PLANTED",
+                         "ts_epoch": 1, "tags": ["attempt_id:0"]}
+                for name, content in (("_self", identity), ("sysmeta_planted_1", datum),
+                                      ("sysmeta_attempt_ok_9999999999999", datum)):
+                    if os.path.lexists(place + "/_meta/" + name + ".json"):
+                        os.unlink(place + "/_meta/" + name + ".json")
+                    open(place + "/_meta/" + name + ".json", "w").write(json.dumps(content))
+            for name in ("7.attempt.json", "7.data.json", "7.DONE.lock", "8.DONE.lock"):
+                open(task + "/" + name, "w").write("{}")"""
+
+
+def test_forged_metadata_tags_and_attempts_stay_inside(project):
+    done, _ = run(project, FORGED_FILES.strip() + "\n            self.mine = self.input")
+    assert "SEEN [1, 2] [0, 1]" in done.ok().output
+    tasks = project.client(
+        """
+        run = Flow("Attack").latest_run
+        answer = [[t.current_attempt, t.successful, sorted(t.tags), t.metadata_dict]
+                  for t in [*run["hostile"]]] + [[0, run.successful, sorted(run.tags), {}]]
+        """
+    )
+    for attempt, successful, tags, facts in tasks:
+        assert (attempt, successful) == (0, True)
+        assert "PLANTED" not in tags
+        assert "PLANTED" not in json.dumps(facts)
+    store = project.directory / ".metaflow" / "Attack"
+    assert [p for p in store.rglob("*") if p.name.startswith(("7.", "8."))] == []
 
 
 def test_control_sequences_reach_neither_the_terminal_nor_the_log(project):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaflow_sandbox.agent.agent import encode_frame
-from metaflow_sandbox.agent.frames import MAX_LINE, Frame, FrameDecoder
+from metaflow_sandbox.agent.frames import MAX_LINE, MAX_REPEATED, Frame, FrameDecoder
 from metaflow_sandbox.errors import ProtocolError
 from metaflow_sandbox.launch.attempt import Outcome
 
@@ -235,3 +235,37 @@ BROKEN_ENDS = {
 def test_a_broken_exit_frame_is_a_protocol_error(payload):
     with pytest.raises(ProtocolError):
         Outcome.parse(payload)
+
+
+def test_frames_that_come_again_and_again_are_given_up():
+    decoder = FrameDecoder()
+    frame = encode_frame(1, b"o", bytes(32 << 10))
+    list(decoder.feed(frame))
+    with pytest.raises(ProtocolError, match="again and again"):
+        for _ in range(MAX_REPEATED // len(frame) + 2):
+            assert list(decoder.feed(frame)) == []
+
+
+def test_a_line_that_comes_byte_by_byte_is_searched_once():
+    """What was looked through for its end isn't looked through again, up to four megabytes."""
+
+    class Counting(bytearray):
+        looked = 0
+
+        def find(self, what, start=0):
+            Counting.looked += len(self) - start
+            return super().find(what, start)
+
+    decoder = FrameDecoder()
+    decoder._buffer = Counting()
+    for _ in range(20_000):
+        assert list(decoder.feed(b"A")) == []
+    assert Counting.looked <= 2 * 20_000
+
+
+@pytest.mark.parametrize("field", ["rc", "signal", "dropped"])
+@pytest.mark.parametrize("value", [-1, 10**4000, 1e308])
+def test_an_exit_frame_with_a_number_that_no_process_has_is_broken(field, value):
+    end = {"rc": 0, "signal": None, "inline": None, "dropped": 0, "problem": None, field: value}
+    with pytest.raises(ProtocolError):
+        Outcome.parse(json.dumps(end).encode())

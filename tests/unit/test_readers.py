@@ -280,3 +280,108 @@ def test_a_process_that_is_killed_leaves_no_reader(endless):
     while any(Path(f"/proc/{pid}").exists() for pid in zygote + reader):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+# --- records and blobs ------------------------------------------------------------------
+
+
+def blob_item(directory, content, sha=None):
+    path = directory / f"blob-{hashlib.sha1(content).hexdigest()}"
+    path.write_bytes(content)
+    return {"sha": sha or hashlib.sha1(content).hexdigest(), "file": str(path), "raw": True}
+
+
+async def contents_of(pool, items, limit=64 << 20):
+    async with pool.contents(items, limit) as contents:
+        return await anyio.to_thread.run_sync(list, contents)
+
+
+def test_blobs_come_out_of_a_reader_in_order_and_it_is_gone(tmp_path):
+    parts = [b"", b"x", os.urandom(5 << 20), bytes(3 << 20)]
+    items = [blob_item(tmp_path, part) for part in parts]
+
+    async def check(pool):
+        found = await contents_of(pool, items)
+        assert [data for _, data in found] == parts
+        assert [sha for sha, _ in found] == [item["sha"] for item in items]
+        assert await contents_of(pool, []) == []
+        await until(lambda: not hanging())
+
+    with_readers(check)
+
+
+def test_a_blob_that_is_another_is_rejected_and_its_reader_is_gone(tmp_path):
+    items = [blob_item(tmp_path, b"x"), blob_item(tmp_path, b"y", sha="0" * 40)]
+
+    async def check(pool):
+        with pytest.raises(Rejected, match="something else"):
+            await contents_of(pool, items)
+        await until(lambda: not hanging())
+
+    with_readers(check)
+
+
+def test_a_reader_of_blobs_that_is_killed_is_an_error_and_not_a_shorter_blob(tmp_path, endless):
+    async def check(pool):
+        async with pool.contents([endless], 1 << 20) as contents:
+            (reader,) = await until(hanging)
+            os.kill(reader, signal.SIGKILL)
+            with pytest.raises(Rejected, match="too long or too much"):
+                await anyio.to_thread.run_sync(list, contents)
+
+    with_readers(check)
+
+
+def test_a_record_that_fills_the_memory_ends_its_reader_alone(tmp_path):
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_text(json.dumps({"objects": {"x": "0" * 40}, "info": {"x": {"type": "t"}}}))
+    large.write_bytes(b'{"objects": {}, "info": {"x": [' + b"[]," * (100 << 20) + b"[]]}}")
+
+    async def check(pool):
+        with pytest.raises(Rejected):
+            await pool.claims(large)
+        expected = {"objects": {"x": "0" * 40}, "info": {"x": {"type": "t"}}}
+        assert await pool.claims(small) == expected
+
+    with_readers(check)
+
+
+LIMITED = """
+import json, os, socket, sys
+sys.path.insert(0, sys.argv[1])
+from metaflow_sandbox.admission import claims, reader
+def attack(path):
+    def tried(function):
+        try:
+            function()
+        except Exception as e:
+            return None
+        return "done"
+    def write():
+        with open(sys.argv[2], "w") as f:
+            f.write("x")
+    def open_many():
+        global kept
+        kept = [open("/dev/null") for _ in range(100)]
+    if sys.argv[3] == "bare":
+        print(json.dumps([tried(write), tried(open_many)])); sys.exit()
+    return {"objects": {}, "info": {}, "found": [tried(write), tried(open_many)]}
+claims.read = attack
+import signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+attack("") if sys.argv[3] == "bare" else reader.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["bare", "limited"])
+def test_a_reader_that_was_taken_over_writes_no_file_and_opens_few(tmp_path, how):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, readers._PACKAGES, str(tmp_path / "planted"), how],
+        input=b'{"record": "/dev/null"}',
+        capture_output=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    found = found if how == "bare" else found["found"]
+    assert found == (["done", "done"] if how == "bare" else [None, None])
+    assert how == "bare" or (tmp_path / "planted").stat().st_size == 0

@@ -8,17 +8,21 @@ import os
 import random
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaflow_sandbox.admission.results import MAX_ARTIFACTS, MAX_CARDS, Results, blob, receive
+from metaflow_sandbox.admission import claims
+from metaflow_sandbox.admission.blobs import send, sent, unpacked, whole
+from metaflow_sandbox.admission.claims import MAX_ARTIFACTS
+from metaflow_sandbox.admission.results import MAX_CARDS, Results, receive
 from metaflow_sandbox.errors import Rejected
 
 LIMIT = 1 << 20
-RECORD = {"type": "<class 'int'>", "size": 5, "encoding": "pickle-v4"}
+RECORD = {"type": "<class 'int'>", "encoding": "pickle-v4"}
 
 
 def key(data):
@@ -49,13 +53,17 @@ def unpack(stream, directory, limit=LIMIT):
             yield piece
 
     directory.mkdir(exist_ok=True)
-    return anyio.run(receive, pieces(), directory, limit)
+    results = anyio.run(receive, pieces(), directory, limit)
+    if results.record is not None:
+        claimed = claims.read(results.record)
+        results.objects, results.info = claimed["objects"], claimed["info"]
+    return results
 
 
 def content_of(results):
     """All that was received, without the names of the host's files."""
     return (
-        results.complete,
+        results.record is not None,
         results.objects,
         results.info,
         {sha: (path.read_bytes(), raw) for sha, (path, raw) in results.blobs.items()},
@@ -301,7 +309,7 @@ def test_a_changed_archive_is_read_or_rejected(tmp_path_factory, changes, size):
 
 
 def test_an_archive_of_exactly_the_limit_is_read_and_one_byte_more_is_not(tmp_path):
-    assert unpack(HONEST, tmp_path / "fits", limit=len(HONEST)).complete
+    assert unpack(HONEST, tmp_path / "fits", limit=len(HONEST)).record
     with pytest.raises(Rejected, match="larger"):
         unpack(HONEST, tmp_path / "more", limit=len(HONEST) - 1)
 
@@ -340,6 +348,11 @@ def delivered(directory, stored, sha, raw=False):
     path = directory / "blob"
     path.write_bytes(stored)
     return Results(blobs={sha: (path, raw)})
+
+
+def blob(results, sha, limit):
+    (item,) = results.delivered([sha])
+    return unpacked(Path(item["file"]), item["raw"], sha, limit)
 
 
 def packed(content):
@@ -434,3 +447,67 @@ def test_any_bytes_as_a_blob_are_rejected_or_are_what_their_key_says(tmp_path_fa
         assert blob(delivered(directory, stored, sha, raw), sha, LIMIT) == stored
     except Rejected:
         assert not raw
+
+
+# --- the stream in which a reader sends them ----------------------------------------------
+
+
+def through_a_stream(items, limit):
+    """What comes out at the other end: contents, up to the first that is rejected."""
+    out = io.BytesIO()
+    send(items, limit, out)
+    out.seek(0)
+    return [whole(sent(out.read, limit), item["sha"]) for item in items]
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "packed"])
+def test_blobs_come_whole_through_a_readers_stream(tmp_path, raw):
+    items = []
+    for number, content in enumerate(CONTENTS):
+        path = tmp_path / str(number)
+        path.write_bytes(content if raw else packed(content))
+        items.append({"sha": key(content), "file": str(path), "raw": raw})
+    assert through_a_stream(items, LIMIT) == CONTENTS
+
+
+def test_a_blob_that_a_reader_rejects_is_rejected_with_its_reason(tmp_path):
+    path = tmp_path / "blob"
+    path.write_bytes(packed(bytes(LIMIT + 1)))
+    with pytest.raises(Rejected, match="larger than 1 MB"):
+        through_a_stream([{"sha": SHA, "file": str(path), "raw": False}], LIMIT)
+
+
+def frame(kind, content=b"", size=None):
+    return kind + (len(content) if size is None else size).to_bytes(4, "big") + content
+
+
+TAKEN_OVER = {
+    "another letter": frame(b"x"),
+    "an end with content": frame(b"e", b"x"),
+    "a piece without end": frame(b"d", size=1 << 31),
+    "more than the limit": frame(b"d", bytes(1 << 20)) * 2,
+    "text": b"hello, world",
+    "another content": frame(b"d", b"other") + frame(b"e"),
+}
+
+
+@pytest.mark.parametrize("stream", TAKEN_OVER.values(), ids=TAKEN_OVER)
+def test_a_reader_that_was_taken_over_can_send_nothing_but_the_blob(stream):
+    with pytest.raises(Rejected):
+        whole(sent(io.BytesIO(stream).read, LIMIT), key(b"content"))
+
+
+# --- what is kept of a record ----------------------------------------------------------
+
+
+def test_of_a_record_only_what_is_asked_for_is_kept(tmp_path):
+    deep = {}
+    for _ in range(500):
+        deep = {"a": deep}
+    claimed = {**RECORD, "serializer_info": {"a": 1}, "size": 5, "junk": [[]] * 1000}
+    assert unpack(data_json({"x": SHA}, {"x": claimed}), tmp_path / "a").info == {
+        "x": {**RECORD, "serializer_info": {"a": 1}}
+    }
+    for value in ("x" * 2000, 5, None, ["x"], deep):
+        claimed = {"type": value, "encoding": value, "serializer_info": value}
+        assert unpack(data_json({"x": SHA}, {"x": claimed}), tmp_path / "b").info == {"x": {}}

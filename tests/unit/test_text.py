@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaflow_sandbox.admission.text import escape, harmless, unescape
+from metaflow_sandbox.admission.text import escape, harmless, message, unescape
 
 CONTROLS = {*range(0x20), *range(0x7F, 0xA0)} - {0x09}
 TRICKS = {*range(0x2028, 0x202F), *range(0x2066, 0x206A)}  # line ends and reversed text
@@ -108,3 +108,12 @@ def test_a_short_form_of_any_text_is_short_and_harmless(text, limit):
 def test_text_that_is_cut_says_so():
     assert harmless("x" * 300) == "x" * 300
     assert harmless("x" * 301) == "x" * 300 + "…"
+
+
+def test_a_message_is_made_harmless_once():
+    quoted = harmless("\x1b[31m\x00")
+    assert message(f"it said {quoted}\nand more") == f"it said {quoted}\nand more"
+    assert message("\x1b]0;owned\x07\ud800\udc9b\u202e\x9b") == (
+        "\u241b]0;owned\u2407\u2426ed\u2426a0\u242680\u24269b"
+        "\u2426e2\u242680\u2426ae\u2426c2\u24269b"
+    )

@@ -1,11 +1,17 @@
-"""Reads the few values that only the step can know, in a process of its own.
+"""Reads what a sandbox left, in a process of its own.
 
 The bytes are hostile, and there are data that take for ever to build or fill the
 memory whatever one forbids. So they are read by a process with little memory and
-time that the launcher can end, and what it prints is plain JSON of a known form.
+time that the launcher can end and that can start no other, write no file and open few.
+A request comes on standard input, the answer goes to standard output:
 
-    request   {"items": [{"name", "form", "file", "raw", "sha"}, …]}, on standard input
-    answer    {name: {"value": …} or {"refused": why}}, on standard output
+    {"items": [{"name", "form", "file", "raw", "sha"}, …]}
+              the few values that only the step can know:
+              {name: {"value": …} or {"refused": why}}
+    {"record": file}
+              what the step says that it recorded (`claims.py`), or {"refused": why}
+    {"blobs": [{"sha", "file", "raw"}, …], "limit": bytes of one, "seconds": of CPU}
+              their contents (`blobs.py`)
 
 Runs on a bare interpreter (`-I -S`), since importing Metaflow would take longer
 than all the rest.
@@ -22,7 +28,8 @@ from typing import Any
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_plain
 
 from ..errors import Rejected
-from .blobs import unpacked
+from . import claims
+from .blobs import send, unpacked
 from .text import escape
 
 #: Bytes that one of these values may have as a pickle, unpacked.
@@ -33,6 +40,7 @@ MAX_FOREACH_TEXTS = 16 << 20
 MAX_STEPS, MAX_NAME = 100, 1000
 SECONDS = 10
 MEMORY = 2 << 30
+FILES = 16
 #: What starts this file as a program; the directory of the packages is its argument.
 PROGRAM = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
@@ -115,10 +123,31 @@ def read(item: dict[str, Any]) -> dict[str, Any]:
         return {"refused": str(e)}
 
 
+def _record(file: str) -> dict[str, Any]:
+    try:
+        return claims.read(Path(file))
+    except Rejected as e:
+        return {"refused": str(e)}
+
+
 def main() -> None:
     """Answers one request."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    answer = {item["name"]: read(item) for item in json.load(sys.stdin)["items"]}
+    request = json.load(sys.stdin)
+    seconds = request.get("seconds", SECONDS)
+    for limit, value in (
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_NOFILE, FILES),
+        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+    if "blobs" in request:
+        send(request["blobs"], request["limit"], sys.stdout.buffer)
+        return
+    if "record" in request:
+        answer = _record(request["record"])
+    else:
+        answer = {item["name"]: read(item) for item in request["items"]}
     json.dump(answer, sys.stdout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,15 @@ from typing import Any
 import anyio
 
 from ..errors import Rejected
-from .blobs import unpacked
+from .claims import MAX_ARTIFACTS, SHA
 from .text import harmless
 
 _HEADER = 2000
 _DATA_JSON = 8 << 20
 _CARD = 64 << 20
-MAX_ARTIFACTS = 10_000
 #: What sends results may pause so long; a sandbox can stop what sends them.
 QUIET_SECONDS = 30.0
 MAX_CARDS = 100
-SHA = re.compile(r"[0-9a-f]{40}\Z")
 _CARD_FILE = re.compile(r"[A-Za-z0-9_]{1,100}(-[A-Za-z0-9_]{1,100}){1,2}\.html\Z")
 
 
@@ -31,18 +29,31 @@ class Results:
     """What an attempt delivered. Contents lie in files that the host named.
 
     Attributes:
-        objects: {artifact name: key}, info: {artifact name: its record}. Both as
-            the sandbox claims; names are identifiers and keys look like keys.
+        record: the file of `data.json`; None if the task didn't finish recording.
+        objects, info: what is in it, see `claims.py`; empty until that was read.
         blobs: {key: (file with the bytes as delivered, whether these are not compressed)}.
         cards: {file name: file}.
-        complete: whether the task finished recording (`data.json` came).
     """
 
+    record: Path | None = None
     objects: dict[str, str] = field(default_factory=dict)
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
     blobs: dict[str, tuple[Path, bool]] = field(default_factory=dict)
     cards: dict[str, Path] = field(default_factory=dict)
-    complete: bool = False
+
+    def delivered(self, keys: Iterable[str]) -> list[dict[str, Any]]:
+        """These blobs, as a reader wants to have them.
+
+        Raises:
+            Rejected: one was not delivered.
+        """
+        items = []
+        for sha in keys:
+            if sha not in self.blobs:
+                raise Rejected(f"the blob {sha} was neither an input nor delivered")
+            path, raw = self.blobs[sha]
+            items.append({"sha": sha, "file": str(path), "raw": raw})
+        return items
 
 
 async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> Results:
@@ -87,8 +98,6 @@ async def receive(stream: AsyncIterator[bytes], directory: Path, limit: int) -> 
                 file.write(taken)
                 del buffer[:left]
                 left -= len(taken)
-        if header["name"] == "data.json":
-            _read_data_json(results, target)
     return results
 
 
@@ -107,10 +116,10 @@ def _place(results: Results, header: dict[str, Any], directory: Path) -> Path:
     """Where an entry's content goes: a path that the host makes up."""
     name, size = header["name"], header["size"]
     if name == "data.json":
-        if results.complete or size > _DATA_JSON:
+        if results.record or size > _DATA_JSON:
             raise Rejected("the record of the artifacts is too large, or comes twice")
-        results.complete = True
-        return directory / "data.json"
+        results.record = directory / "data.json"
+        return results.record
     if name == "blob":
         sha, raw = header.get("sha"), header.get("raw")
         if not isinstance(sha, str) or not SHA.match(sha) or type(raw) is not bool:
@@ -128,33 +137,3 @@ def _place(results: Results, header: dict[str, Any], directory: Path) -> Path:
     path = directory / f"card-{len(results.cards)}"
     results.cards[file] = path
     return path
-
-
-def _read_data_json(results: Results, path: Path) -> None:
-    try:
-        data = json.loads(path.read_bytes())
-        objects, info = data["objects"], data["info"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise Rejected("the record of the artifacts is not what Metaflow writes") from None
-    if not isinstance(objects, dict) or not isinstance(info, dict) or len(objects) > MAX_ARTIFACTS:
-        raise Rejected("the record of the artifacts is not what Metaflow writes")
-    for name, sha in objects.items():
-        # Names become parts of file names in the metadata.
-        if not name.isidentifier() or len(name.encode()) > 200 or not name.isprintable():
-            raise Rejected(f"an artifact has the name {harmless(name)}")
-        if not isinstance(sha, str) or not SHA.match(sha) or not isinstance(info.get(name), dict):
-            raise Rejected(f"the artifact {harmless(name)} has no proper record")
-        results.objects[name] = sha
-        results.info[name] = info[name]
-
-
-def blob(results: Results, sha: str, limit: int) -> bytes:
-    """The bytes of a delivered blob; see `unpacked`.
-
-    Raises:
-        Rejected: it was not delivered, is larger, or is something else.
-    """
-    if sha not in results.blobs:
-        raise Rejected(f"the blob {sha} was neither an input nor delivered")
-    path, raw = results.blobs[sha]
-    return unpacked(path, raw, sha, limit)

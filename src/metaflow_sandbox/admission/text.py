@@ -13,10 +13,12 @@ import re
 
 _LITERAL = "\u2420"
 _BYTE = "\u2426"
+_STRAY = range(0xDC80, 0xDD00)  # a byte that is no character
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if code != 9} | {127: "\u2421"}
 _SPECIAL = re.compile(
     r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2400-\u2426\u2028-\u202e\u2066-\u2069\udc80-\udcff]"
 )
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _ESCAPED = re.compile(r"\u2420([\u2400-\u2426])|\u2426([0-9a-f]{2})|([\u2400-\u241f\u2421])")
 
 
@@ -27,7 +29,7 @@ def _escape(match: re.Match[str]) -> str:
         return _PICTURES[code]
     if 0x2400 <= code <= 0x2426:
         return _LITERAL + char
-    raw = char.encode("utf-8", "surrogateescape")
+    raw = char.encode("utf-8", "surrogateescape" if code in _STRAY else "surrogatepass")
     return "".join(f"{_BYTE}{byte:02x}" for byte in raw)
 
 
@@ -55,3 +57,8 @@ def harmless(text: str, limit: int = 300) -> str:
     """A short form of what a sandbox said, for a message."""
     shown = escape(text[:limit].encode("utf-8", "surrogatepass")).decode()
     return shown if len(text) <= limit else shown + "…"
+
+
+def message(text: str) -> str:
+    """Lines for a terminal. What `harmless` made of their parts stays as it is."""
+    return _CONTROL.sub(_escape, text)

@@ -43,8 +43,9 @@ def _read(request: int, answer: int) -> None:
         os.dup2(answer, 1)
         os.closerange(3, _FDS)  # the way to all other readers among them
         reader.main()
-        sys.stdout.write(END.decode())
         sys.stdout.flush()
+        sys.stdout.buffer.write(END)
+        sys.stdout.buffer.flush()
         code = 0
     finally:
         os._exit(code)

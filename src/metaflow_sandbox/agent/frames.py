@@ -16,6 +16,8 @@ from ..errors import ProtocolError
 
 #: Bytes of the longest line: an exit frame with inlined results, in base64 twice.
 MAX_LINE = 4 << 20
+#: Bytes of frames that may come again after a connection was lost: four times what an agent keeps.
+MAX_REPEATED = 64 << 20
 _NUMBER = re.compile(rb"[1-9a-f][0-9a-f]{0,15}\Z")
 
 
@@ -40,25 +42,30 @@ class FrameDecoder:
         self.seq = 0
         self._resumable = resumable
         self._buffer = bytearray()
+        self._searched = 0  # bytes of it that hold no end of a line
+        self._repeated = 0
 
     def reconnect(self) -> None:
         """Forgets a line that a dropped connection cut short; it will come again."""
         self._buffer.clear()
+        self._searched = self._repeated = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Yields the frames that `data` completes.
 
         Raises:
-            ProtocolError: a line that is no frame, a gap, or a line beyond `MAX_LINE`.
+            ProtocolError: a line that is no frame, a gap, a line beyond `MAX_LINE`, or
+                more frames again than there can be.
         """
         self._buffer += data
         start = 0
-        while (end := self._buffer.find(b"\n", start)) >= 0:
+        while (end := self._buffer.find(b"\n", max(start, self._searched))) >= 0:
             line = bytes(self._buffer[start:end])
             start = end + 1
             if (frame := self._parse(line)) is not None:
                 yield frame
         del self._buffer[:start]
+        self._searched = len(self._buffer)
         if len(self._buffer) > MAX_LINE:
             raise ProtocolError("a frame is longer than any that the agent sends", op="stream")
 
@@ -77,6 +84,9 @@ class FrameDecoder:
         if not known or not checked:
             raise ProtocolError(f"not a frame: {line[:80]!r}", op="stream")
         if seq <= self.seq and self._resumable:
+            self._repeated += len(line)
+            if self._repeated > MAX_REPEATED:
+                raise ProtocolError("frames come again and again", op="stream")
             return None
         if seq != self.seq + 1:
             raise ProtocolError(f"frame {seq} comes after frame {self.seq}", op="stream")

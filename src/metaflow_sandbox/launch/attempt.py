@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -34,6 +35,7 @@ from tenacity import (
 from ..admission import internals, results
 from ..admission.readers import Readers
 from ..admission.text import harmless
+from ..admission.text import message as plain
 from ..agent.frames import Frame, FrameDecoder
 from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors, write_all
@@ -42,7 +44,7 @@ from ..manage import ownership
 from .job import Job
 from .logs import Budget, LogRelay
 from .quota import Places
-from .record import Recorder
+from .record import Admitted, Recorder, Verdict
 from .stage import Staging, code_mounts
 from .store import Parent, parents_of
 from .trace import Trace
@@ -87,10 +89,10 @@ class Outcome:
             seconds = {str(k): float(v) for k, v in (end.get("seconds") or {}).items()}
             number = end["signal"]
             return cls(
-                rc=int(end["rc"]),
-                signal=None if number is None else int(number),
+                rc=_within(end["rc"], 255),
+                signal=None if number is None else _within(number, 64),
                 inline=inline,
-                dropped=int(end["dropped"]),
+                dropped=_within(end["dropped"], 1 << 62),
                 problem=None if end["problem"] is None else str(end["problem"]),
                 seconds=seconds,
             )
@@ -103,6 +105,12 @@ def _passes(error: BaseException) -> bool:
     return isinstance(error, ConnectionLost) or (
         isinstance(error, SandboxError) and error.retryable is True
     )
+
+
+def _within(number: Any, most: int) -> int:
+    if not 0 <= int(number) <= most:
+        raise ValueError(number)
+    return int(number)
 
 
 class Failed(Exception):
@@ -158,6 +166,7 @@ class Attempt:
         budget = Budget(self._output_bytes)
         self._err = err
         self._logs = {"o": LogRelay(out, budget), "e": LogRelay(err, budget)}
+        self._received = 0  # bytes of output
         self._tail = bytearray()  # of the step's stderr
         self._outcome: Outcome | None = None
 
@@ -376,7 +385,7 @@ class Attempt:
         decoder = FrameDecoder(resumable=False)
         argv = self._agent("run", *self._directories())
         await self._made.exec(
-            argv, on_stdout=partial(self._frames, decoder), on_stderr=self._keep_tail
+            argv, on_stdout=partial(self._frames, decoder), on_stderr=self._keep_errors
         )
 
     async def _run_by_spool(self) -> None:
@@ -430,7 +439,7 @@ class Attempt:
                 code = await sandbox.exec(
                     command,
                     on_stdout=partial(self._frames, decoder),
-                    on_stderr=self._keep_tail,
+                    on_stderr=self._keep_errors,
                 )
                 tasks.cancel_scope.cancel()
         return code
@@ -447,9 +456,21 @@ class Attempt:
         if frame.kind == "x":
             self._outcome = Outcome.parse(frame.payload)
             return
+        self._count(frame.payload)
         if frame.kind == "e":
             await self._keep_tail(frame.payload)
         await self._logs[frame.kind].feed(frame.payload)
+
+    def _count(self, output: bytes) -> None:
+        """Ends an attempt whose agent doesn't keep to the limit: it was taken over."""
+        self._received += len(output)
+        if not output or self._received > self._output_bytes:
+            raise ProtocolError("more output comes than an agent passes on", op="stream")
+
+    async def _keep_errors(self, data: bytes) -> None:
+        """Takes what the agent itself prints."""
+        self._count(data)
+        await self._keep_tail(data)
 
     async def _keep_tail(self, data: bytes) -> None:
         self._tail += data
@@ -473,20 +494,11 @@ class Attempt:
         if outcome.problem is None:
             delivered = await self._collect(outcome, directory)
         explained = False
-        if delivered.complete:
-            limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+        if delivered.record is not None:
             async with _timed(self.timings, "read"):
-                found = await self._read_internals(parents, delivered, directory)
-            finish = partial(
-                self.recorder.finish,
-                parents,
-                delivered,
-                found,
-                exited_well=exited_well,
-                limit=limit,
-            )
+                admitted = await self._admit(parents, delivered, exited_well, directory)
             async with _timed(self.timings, "record"):
-                verdict = await anyio.to_thread.run_sync(finish, limiter=self._recording)
+                verdict = await self._record(delivered, admitted)
             if verdict.succeeded:
                 return 0
             explained = verdict.explained
@@ -535,13 +547,25 @@ class Attempt:
             except OSError as e:
                 raise Failed(f"the step's results can't be read: {e.strerror}") from None
 
-    async def _read_internals(
-        self, parents: list[Parent], delivered: results.Results, directory: Path
-    ) -> internals.Delivered:
-        """Has the values that only the step can know read by a process that can be ended."""
-        request = partial(self.recorder.internals_request, parents, delivered, directory)
-        items = await blocking(request)
-        return internals.Delivered(await self._readers.read(items))
+    async def _admit(
+        self, parents: list[Parent], delivered: results.Results, well: bool, directory: Path
+    ) -> Admitted:
+        """Has what the sandbox left read by processes that can be ended, and decides about it."""
+        recorder = self.recorder
+        if delivered.record is not None:
+            claims = await self._readers.claims(delivered.record)
+            delivered.objects, delivered.info = claims["objects"], claims["info"]
+        items = await blocking(partial(recorder.internals_request, parents, delivered, directory))
+        found = internals.Delivered(await self._readers.read(items))
+        return await blocking(partial(recorder.decide, parents, delivered, found, exited_well=well))
+
+    async def _record(self, delivered: results.Results, admitted: Admitted) -> Verdict:
+        limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+        blobs = delivered.delivered(sorted(admitted.decision.new))
+        async with self._recording, self._readers.contents(blobs, limit) as contents:
+            return await blocking(
+                partial(self.recorder.finish, delivered, admitted, contents, limit)
+            )
 
     def _why(self, outcome: Outcome) -> str:
         if outcome.problem:
@@ -610,5 +634,6 @@ class Attempt:
                 await sandbox.destroy()
 
     async def _say(self, message: str) -> None:
-        lines = "".join(f"[sandbox] {line}\n" for line in message.split("\n"))
+        # Whatever it is made of: an error may quote what came from a sandbox.
+        lines = "".join(f"[sandbox] {line}\n" for line in plain(message).split("\n"))
         await write_all(self._err, lines.encode())

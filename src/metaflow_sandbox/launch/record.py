@@ -19,7 +19,7 @@ from metaflow.metadata_provider import MetaDatum
 from ..admission import artifacts, internals
 from ..admission.cards import wrap
 from ..admission.reader import MAX_BYTES
-from ..admission.results import Results, blob
+from ..admission.results import Results
 from ..errors import Rejected
 from .heartbeat import beating
 from .job import Job
@@ -37,6 +37,15 @@ class _Records:
     def __init__(self, objects: dict[str, str], info: dict[str, Any]) -> None:
         self._objects = objects
         self._info = info
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """What of an attempt's results is recorded: internal artifacts, the others, success."""
+
+    values: dict[str, Any]
+    decision: artifacts.Decision
+    succeeded: bool
 
 
 @dataclass(frozen=True)
@@ -138,29 +147,25 @@ class Recorder:
             items.append({"name": name, "form": form, "file": str(path), "raw": raw, "sha": sha})
         return items
 
-    def finish(
+    def decide(
         self,
         parents: list[Parent],
         results: Results,
         delivered: internals.Delivered,
         *,
         exited_well: bool,
-        limit: int,
-    ) -> Verdict:
-        """Admits what a task recorded, and records it.
+    ) -> Admitted:
+        """Decides what of an attempt's results is recorded, and how.
 
         Args:
             exited_well: whether the step's process ended with exit code 0.
             delivered: what the reader found in the values that only the step knows.
-            limit: bytes that one artifact may have.
 
         Raises:
-            Rejected: something in it is not what an honest step leaves. Nothing
-                but blobs that nobody refers to was stored.
+            Rejected: something in it is not what an honest step leaves.
         """
         job = self.job
         inherited = artifacts.inherited_records((p.objects, p.info) for p in parents)
-
         # A step that calls exit(0) leaves results too, which say that it isn't done.
         succeeded = exited_well and delivered.flag("_task_ok")
         values = internals.admit(self._position(parents, succeeded), delivered)
@@ -171,16 +176,36 @@ class Recorder:
             trust=job.request.trust,
             origin=job.pathspec,
         )
-        self._save_blobs(results, decision, limit)
+        return Admitted(values, decision, succeeded)
+
+    def finish(
+        self,
+        results: Results,
+        admitted: Admitted,
+        contents: Iterator[tuple[str, bytes]],
+        limit: int,
+    ) -> Verdict:
+        """Records an attempt's results.
+
+        Args:
+            contents: (key, content) of the blobs in `admitted.decision.new`.
+            limit: bytes that one artifact may have.
+
+        Raises:
+            Rejected: a blob is not what its key says. Nothing but blobs that nobody
+                refers to was stored.
+        """
+        decision, values = admitted.decision, admitted.values
+        self._save_blobs(decision, contents, limit)
         self.output.save_artifacts(iter(values.items()), len_hint=len(values))
         self.output.passdown_partial(
             _Records(decision.objects, decision.info), list(decision.objects)
         )
         self._save_cards(results)
-        self._end(succeeded)
+        self._end(admitted.succeeded)
         self.output.save_metadata({"task_end": {}})
         self.output.done()
-        return Verdict(succeeded, values["_exception"] is not None)
+        return Verdict(admitted.succeeded, values["_exception"] is not None)
 
     def fail(self) -> None:
         """What is recorded of an attempt that left no results."""
@@ -214,13 +239,14 @@ class Recorder:
             if name in first.objects
         }
 
-    def _save_blobs(self, results: Results, decision: artifacts.Decision, limit: int) -> None:
+    def _save_blobs(
+        self, decision: artifacts.Decision, contents: Iterator[tuple[str, bytes]], limit: int
+    ) -> None:
         """Stores what is new, one blob in memory at a time, under keys that the host works out."""
         sizes: dict[str, int] = {}
 
-        def contents() -> Iterator[bytes]:
-            for sha in sorted(decision.new):
-                data = blob(results, sha, limit)
+        def checked() -> Iterator[bytes]:
+            for sha, data in contents:
                 # Metaflow keeps what is there. SHA-1 can be made to collide, so
                 # make sure that it is the same.
                 if (there := stored(self.flow_datastore, sha)) is not None and there != data:
@@ -232,7 +258,7 @@ class Recorder:
                     )
                 yield data
 
-        self.flow_datastore.ca_store.save_blobs(contents(), len_hint=len(decision.new))
+        self.flow_datastore.ca_store.save_blobs(checked(), len_hint=len(decision.new))
         for name, sha in decision.objects.items():
             if sha in sizes and decision.info[name].get("size") == 0:
                 decision.info[name]["size"] = sizes[sha]

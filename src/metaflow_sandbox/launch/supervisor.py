@@ -24,6 +24,7 @@ import anyio.abc
 from metaflow._vendor import click
 
 from ..admission.readers import Readers
+from ..admission.text import message
 from ..backends import registry
 from ..backends.base import Backend
 from ..concurrency import plain_errors, write_all
@@ -148,7 +149,7 @@ class Supervisor:
         else:
             problem = "the attempt was ended."
         if fds:
-            await write_all(err, f"[sandbox] {problem}\n".encode())
+            await write_all(err, f"[sandbox] {message(problem)}\n".encode())
             report(1)
 
     def _attempt(self, words: list[str], out: int, err: int) -> Attempt:
