@@ -194,3 +194,10 @@ def test_tests_that_security_names_exist():
     sources += (SOURCE / "metaflow_sandbox/testing/contract.py").read_text()
     for name in named:
         assert f"def {name}(" in sources, name
+
+
+def test_the_page_of_attacks_is_the_suite():
+    from importlib.machinery import SourceFileLoader
+
+    table = SourceFileLoader("attack_table", str(ROOT / "scripts/attack-table")).load_module()
+    assert table.PAGE.read_text() == table.page(), "run: scripts/attack-table --page"
