@@ -29,7 +29,9 @@ cd ..
 {contract}
 """
 CONTRACT = """
-VM_SECONDS={seconds} python3 -m pytest -q -x -p no:cacheprovider tests/vm/test_contract.py
+export VM_IMAGE=/opt/guest VM_SHARED=1
+VM_SECONDS=$(({seconds} - 60 - $(cut -d. -f1 /proc/uptime))) \\
+    python3 -m pytest -q -m integration -p no:cacheprovider tests/vm/test_contract.py
 echo "machine: the contract ended with $?"
 """
 

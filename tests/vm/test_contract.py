@@ -48,6 +48,10 @@ class TestBoxlite(BackendContract):
             async with self.made(backend) as sandbox:
                 yield sandbox
 
+    async def test_the_work_directory_is_empty_and_writable(self, backend):
+        async with self.made(backend) as sandbox:  # no shared one
+            await super().test_the_work_directory_is_empty_and_writable(sandbox)
+
     # --- where a microVM is another thing than the other backends are
 
     async def test_memory_is_limited_where_that_is_declared(self, backend):

@@ -8,7 +8,6 @@ process and ends with it. `sandbox.py` is one of them, `inside.py` what it does 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -32,8 +31,7 @@ from ..base import (
     unsaid,
 )
 from . import build, faults, images, processes
-from .runtime import cache
-from .sandbox import KIND, LEAST_MEMORY, BoxliteSandbox
+from .sandbox import KIND, LEAST_MEMORY, BoxliteSandbox, remove_sockets
 
 
 class Boxlite(Backend):
@@ -81,9 +79,9 @@ class Boxlite(Backend):
         """Boots one microVM: that /dev/kvm is there, and answers, does not say that any boots."""
         self.usable()
         self.sweep()
-        layout = build.trial(cache() / "trial")
-        spec = SandboxSpec(labels={"purpose": "preflight"}, memory=LEAST_MEMORY)
-        await BoxliteSandbox.try_out(self, spec, layout)
+        async with images.alone("trial") as target:  # boxlite makes a disk of it the first time
+            spec = SandboxSpec(labels={"purpose": "preflight"}, memory=LEAST_MEMORY)
+            await BoxliteSandbox.try_out(self, spec, build.trial(target))
         notes = [
             "the internet is reached through an HTTP(S) proxy alone; disk is given in steps of "
             "1024 MB, rounded up."
@@ -109,6 +107,7 @@ class Boxlite(Backend):
 
     def sweep(self) -> None:
         """Ends what lives beyond its time, and removes what killed launchers left."""
+        living(images.KIND)
         for path in living(KIND, _bury):
             record = _record(path)
             if record.get("expires", float("inf")) < time.time():
@@ -120,12 +119,15 @@ class Boxlite(Backend):
         await build.look_over(self, image, layout, say)
         if not recipe.plain:
             layout = await build.prepare(self, recipe, layout, say)
+            await build.look_over(self, image, layout, say)
         return Prepared(str(layout))
 
     async def create(self, spec: SandboxSpec) -> BoxliteSandbox:
         self.refuse(spec)
         self.usable()
-        layout = await images.bring(spec.image or self.default_image)
+        image = spec.image or self.default_image
+        layout = await images.bring(image)
+        await build.look_over(self, image, layout)
         return await BoxliteSandbox.start(self, spec, layout)
 
     async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
@@ -154,9 +156,4 @@ def _record(lease: Path) -> dict[str, Any]:
 def _bury(lease: Path) -> None:
     """Ends what a launcher left that was killed. Its microVM has ended with it, as a rule."""
     processes.end(_record(lease).get("process"))
-    sockets = Path(f"/tmp/bl-{os.getuid()}")  # noqa: S108 - where boxlite puts them, for short names
-    for box in (lease / "home" / "boxes").glob("*"):
-        processes.remove(sockets / box.name)
-
-
-__all__ = ["BackendUnavailable", "Boxlite", "SandboxError"]
+    remove_sockets(lease)

@@ -25,6 +25,7 @@ from ...errors import SandboxError
 from ..base import Recipe, SandboxSpec, Say, Sink, discard, unsaid
 from .faults import BadImage, harmless
 from .images import alone, new_layout, write_index
+from .runtime import cache
 from .sandbox import BoxliteSandbox
 
 if TYPE_CHECKING:
@@ -201,21 +202,14 @@ async def look_over(backend: Boxlite, image: str, layout: Path, say: Say = unsai
     Raises:
         BadImage: they can't, with what to do.
     """
-    name = digest_of(layout).partition(":")[2]
-    async with alone(f"looked-over/{name}") as record:
-        if not record.exists():
-            await say(f"making a disk of the image {image}")
-            sandbox = await BoxliteSandbox.start(backend, SandboxSpec(memory=_MEMORY), layout)
-            try:
-                done = await sandbox.run([backend.python, "-I", "-c", _VERSION])
-            finally:
-                await sandbox.destroy()
-            record.write_bytes(done.stdout.strip()[:20])
-        found = record.read_text()
+    record = cache() / "looked-over" / digest_of(layout).partition(":")[2]
+    if not record.exists():
+        await _first_boot(backend, image, layout, record.name, say)
+    found = record.read_text()
     here = ".".join(platform.python_version_tuple()[:2])
     numbers = found.split(".")
     if len(numbers) != 2 or not all(n.isdigit() for n in numbers):
-        record.unlink()
+        record.unlink(missing_ok=True)
         raise BadImage(f"image={image!r}: its python3 doesn't say its version.", op="prepare")
     if (int(numbers[0]), int(numbers[1])) < (3, 8):
         raise BadImage(
@@ -226,6 +220,20 @@ async def look_over(backend: Boxlite, image: str, layout: Path, say: Say = unsai
             f"the image {image} has Python {found}, and this is {here}: what one pickles the other "
             "may not load."
         )
+
+
+async def _first_boot(backend: Boxlite, image: str, layout: Path, name: str, say: Say) -> None:
+    async with alone(f"looked-over/{name}") as record:
+        if not record.exists():
+            await say(f"making a disk of the image {image}")
+            sandbox = await BoxliteSandbox.start(backend, SandboxSpec(memory=_MEMORY), layout)
+            try:
+                done = await sandbox.run([backend.python, "-I", "-c", _VERSION])
+            finally:
+                await sandbox.destroy()
+            new = record.with_suffix(".new")
+            new.write_bytes(done.stdout.strip()[:20])
+            new.rename(record)
 
 
 async def prepare(backend: Boxlite, recipe: Recipe, base: Path, say: Say) -> Path:

@@ -16,6 +16,7 @@ NEXT = "Or choose @bubblewrap or @docker, or a cloud: @daytona, @e2b."
 if sys.platform == "darwin":
     NEXT = "Or choose @docker, or a cloud: @daytona, @e2b."
 _SLOW = "timed out after 30s"
+_SLOW_START = "slow_start"
 _TAIL = 600
 _GONE = ("StoppedError", "NotFoundError", "InvalidStateError", "UpstreamUnavailableError")
 
@@ -28,7 +29,7 @@ class BadImage(SandboxError):
 
 def starts_slowly(error: SandboxError) -> bool:
     """Whether a guest was not ready in the time that boxlite gives it, and so may be next time."""
-    return error.code == "slow_start"
+    return error.code == _SLOW_START
 
 
 @contextlib.contextmanager
@@ -84,18 +85,15 @@ def translated(error: Exception, op: str, home: Path, what: object) -> SandboxEr
             retryable=False,
         )
     if kind == "EngineError":
+        said = why_no_boot(log(home))
         if _SLOW in text:
-            return SandboxError(
-                f"the guest was not ready within 30 seconds, which is all that boxlite gives it: "
-                f"this machine is too busy, or too slow.\n{text}",
-                code="slow_start",
+            return BackendUnavailable(
+                "boxlite's guest was not ready within 30 seconds, which is all that it is given. "
+                f"Either this machine is too busy, or no guest boots here. {said}",
+                code=_SLOW_START,
                 op=op,
-                retryable=True,
             )
-        said = log(home)
-        return BackendUnavailable(
-            f"boxlite could not start a microVM: {text}\n{why_no_boot(said)}", op=op
-        )
+        return BackendUnavailable(f"boxlite could not start a microVM: {text}\n{said}", op=op)
     return SandboxError(
         f"boxlite failed: {text} ({kind}). Its logs are in {home}, as long as that is there.",
         code=f"boxlite_{getattr(error, 'code', kind)}",

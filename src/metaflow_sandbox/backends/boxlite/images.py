@@ -30,7 +30,7 @@ from ..base import Say, unsaid
 from .faults import BadImage, explained
 from .runtime import Runtime, cache
 
-_DOCKER = "application/vnd.docker."
+KIND = "pull"  # of the leases in which images are brought
 _OCI = {
     "application/vnd.docker.distribution.manifest.v2+json": (
         "application/vnd.oci.image.manifest.v1+json"
@@ -234,7 +234,7 @@ async def bring(image: str, say: Say = unsaid) -> Path:
 
 async def _pull(image: str, reference: Reference) -> Path:
     settings = await blocking(lambda: registry(reference))
-    lease = Lease("pull")
+    lease = Lease(KIND)
     home = lease.path / "home"
     try:
         with explained("prepare", home, image):

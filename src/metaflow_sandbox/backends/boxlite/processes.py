@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,11 +58,6 @@ async def ended(process: Mapping[str, Any] | None) -> None:
     with anyio.move_on_after(_GONE_SECONDS):
         while lives(process):  # noqa: ASYNC110 - it is another process's child
             await anyio.sleep(0.02)
-
-
-def remove(directory: Path) -> None:
-    """Removes a directory, if it is there and can be."""
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def end(process: Mapping[str, Any] | None) -> None:

@@ -39,6 +39,7 @@ _DEFAULT_DISK = 4096
 LEAST_MEMORY = 128
 # The volume's server holds a descriptor for each file that the guest has looked at.
 _OPEN_FILES = 65536
+_READY_SECONDS = 120.0  # from the guest's boot until commands can be run
 _CONSOLE = 64 << 10
 _OUT_OF_MEMORY = (b"Out of memory: Killed process", b"oom-kill:")
 
@@ -76,6 +77,7 @@ class BoxliteSandbox(Sandbox):
             await made._make_work()
             if spec.network is not False:
                 await made._open_gate()
+            made._arm(spec.lifetime)
         except BaseException:
             await made.destroy()
             raise
@@ -112,9 +114,7 @@ class BoxliteSandbox(Sandbox):
             raise SandboxGone("the microVM ended as soon as it had booted", op="create")
         self._life = Life(pid)
         self._record()
-        self._timer = threading.Timer(self._spec.lifetime, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
+        self._arm(_READY_SECONDS)
 
     def _lay_out(self) -> None:
         self._inputs.mkdir(exist_ok=True)
@@ -169,6 +169,14 @@ class BoxliteSandbox(Sandbox):
         self._gate = network.Gate(self.backend.portals)
         await self._gate.open(self._operation, Rules(hosts=listed), self._lease.path)
 
+    def _arm(self, seconds: float) -> None:
+        """Ends the microVM after so long, by a thread: an event loop may be busy or stuck."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+
     def _expire(self) -> None:
         self._expired = True
         if self._life is not None:
@@ -183,7 +191,7 @@ class BoxliteSandbox(Sandbox):
 
     def _why_gone(self) -> str:
         if self._expired:
-            return f"the microVM was ended after {self._spec.lifetime:.0f} s, its lifetime"
+            return "the microVM was ended, since its lifetime was over"
         return self.diagnose() or "the microVM has ended"
 
     @contextlib.asynccontextmanager
@@ -333,7 +341,14 @@ class BoxliteSandbox(Sandbox):
         self._ended = True
         with anyio.CancelScope(shield=True):
             await self._shut_down()
+            await blocking(partial(remove_sockets, self._lease.path))
             await blocking(self._lease.release)
+
+
+def remove_sockets(lease: Path) -> None:
+    """Removes what boxlite has of a lease's boxes elsewhere: sockets need short names."""
+    for box in (lease / "home" / "boxes").glob("*"):
+        shutil.rmtree(f"/tmp/bl-{os.getuid()}/{box.name}", ignore_errors=True)  # noqa: S108
 
 
 def _open_files() -> int:
