@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import fcntl
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -134,7 +135,7 @@ def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
     else:
         template = start.from_template(recipe.options.get("template", _BASE))
     for number, (inside, source) in enumerate(recipe.files.items()):
-        (context / str(number)).symlink_to(source.resolve())
+        _link(source, context / str(number))
         template = template.copy(str(number), inside, user="root", resolve_symlinks=True)
     for command in recipe.setup:
         template = template.run_cmd(command, user="root")
@@ -143,6 +144,14 @@ def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
     if recipe.files:
         template = template.run_cmd(shlex.join(["rm", "-rf", "--", *recipe.files]), user="root")
     return template
+
+
+def _link(source: Path, target: Path) -> None:
+    """Links a file, or each file of a directory: the SDK doesn't look into a linked one."""
+    if source.is_dir():
+        shutil.copytree(source.resolve(), target, copy_function=lambda s, t: Path(t).symlink_to(s))
+    else:
+        target.symlink_to(source.resolve())
 
 
 def _failure(e: Exception, recipe: Recipe, source: str) -> Exception:
