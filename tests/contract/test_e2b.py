@@ -1,11 +1,15 @@
 """E2B's backend keeps the contract, by the real SDK against an emulated service."""
 
 import hashlib
+import json
 import os
 import random
+import re
 import resource
 import sys
 import time
+import urllib.error
+import urllib.request
 
 import anyio
 import pytest
@@ -249,3 +253,54 @@ def test_files_and_an_installation_are_baked_into_a_template(account, tmp_path):
             await sandbox.destroy()
 
     assert anyio.run(use).stdout == b"a wheel"
+
+
+def test_the_emulators_answers_are_those_of_the_specification(account):
+    from emulators.e2b.server import KEY
+    from emulators.e2b.specification import FILE, NEWER, Specification
+
+    if not FILE.exists():
+        pytest.skip("NOT CHECKED against E2B's specification: set PROVIDER_SPECS to its folder")
+    specification, seen, wrong = Specification(), set(), {}
+
+    def ask(method, path, body=None, key=KEY):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"X-API-KEY": key, "Content-Type": "application/json"}
+        request = urllib.request.Request(account.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request) as response:
+                status, content = response.status, response.read()
+        except urllib.error.HTTPError as e:
+            status, content = e.code, e.read()
+        answer = json.loads(content) if content else None
+        bare = path.partition("?")[0]
+        found = specification.problems(method.lower(), bare, status, answer)
+        if found is None:
+            seen.add((method.lower(), re.sub(r"/i[a-z0-9]{19}", "/{sandboxID}", bare)))
+        elif found:
+            wrong[method, path, status] = found
+        return answer
+
+    box = f"/sandboxes/{ask('POST', '/v2/sandboxes', {'templateID': 'base'})['sandboxID']}"
+    ask("GET", "/v2/sandboxes")
+    ask("GET", "/v2/sandboxes", key="wrong")
+    ask("GET", box)
+    ask("GET", "/sandboxes/inothing")
+    ask("POST", f"{box}/timeout", {"timeout": 60})
+    ask("POST", f"/v2{box}/connect", {"timeout": 60})
+    ask("POST", f"{box}/connect", {"timeout": 60})
+    ask("GET", f"{box}/metrics")
+    ask("POST", f"{box}/pause", {})
+    ask("POST", f"{box}/pause", {})
+    ask("DELETE", box)
+    ask("DELETE", box)
+    ask("GET", "/templates/aliases/base")
+    ask("GET", "/templates/aliases/nothing")
+    made = ask("POST", "/v3/templates", {"name": "specified", "cpuCount": 1, "memoryMB": 512})
+    build = f"/templates/{made['templateID']}/builds/{made['buildID']}"
+    ask("GET", f"/templates/{made['templateID']}/files/abc")
+    ask("POST", f"/v2{build}", {"fromImage": "debian:12", "steps": []})
+    ask("GET", f"{build}/status")
+    ask("DELETE", f"/templates/{made['templateID']}")
+    assert wrong == {}
+    assert seen <= NEWER

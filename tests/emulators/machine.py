@@ -256,10 +256,12 @@ class Machine:
 
     async def pause(self):
         """Stops every process where it is."""
-        await self.ask("signal-all", number=19)
+        with contextlib.suppress(ProcessLookupError):  # there is none
+            await self.ask("signal-all", number=19)
 
     async def resume(self):
-        await self.ask("signal-all", number=18)
+        with contextlib.suppress(ProcessLookupError):
+            await self.ask("signal-all", number=18)
 
     async def destroy(self, keep_root=False):
         """Ends every process at once, and removes the root. May be called twice."""

@@ -1,12 +1,17 @@
 """Flows in E2B's sandboxes, by the real SDK against an emulated service."""
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -329,3 +334,71 @@ def test_a_foreach_keeps_to_the_accounts_limits(project, e2b, tasks, at_once):
     assert "Task failed" not in output
     assert creations(e2b).count(201) == tasks
     assert project.client('answer = len(Flow("Small").latest_run.data.results)') == tasks
+
+
+SLOW = """
+    import time
+    from metaflow import FlowSpec, e2b, step
+
+    class Slow(FlowSpec):
+        @e2b
+        @step
+        def start(self):
+            print("RUNNING", flush=True)
+            time.sleep(600)
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Slow()
+"""
+
+
+def running(project):
+    """A flow whose step runs, and what it has printed."""
+    project.write("flow.py", SLOW)
+    process = project.start("flow.py", "run")
+    seen = b""
+    while b"RUNNING" not in seen:
+        line = process.stdout.readline()
+        assert line, seen.decode()
+        seen += line
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_run_that_is_ended_leaves_no_sandbox(project, e2b, name):
+    process = running(project)
+    assert len(e2b.cloud()["sandboxes"]) == 1
+    os.killpg(process.pid, signal.Signals[name])
+    process.communicate(timeout=200)
+    # The fixtures see that nothing is left, here and there.
+
+
+def test_what_a_killed_run_leaves_is_found_and_ended_by_gc(project, e2b):
+    process = running(project)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid, command in processes(project):
+        if "supervise" in command:
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=200)
+    (left,) = e2b.cloud()["sandboxes"]
+    command = [sys.executable, "-m", "metaflow_sandbox.cli", "gc", "--backend", "e2b"]
+    done = subprocess.run(
+        command, env=project.environment, cwd=project.directory, capture_output=True, text=True
+    )
+    assert f"ended e2b {left} (Slow/" in done.stdout, done.stderr
+    assert e2b.cloud()["sandboxes"] == {}
+
+
+def processes(project):
+    """(process id, command) of this project's processes."""
+    mark = str(project.temporary.parent).encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_bytes()
+            if mark in command + (path / "environ").read_bytes() and int(path.name) != os.getpid():
+                yield int(path.name), command.decode(errors="replace")
