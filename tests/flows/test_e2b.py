@@ -303,6 +303,7 @@ BAD = [
     ("(memory=999999)", {}, "between 128 and 8192"),
     ("(disk=100)", {}, "disk=100 can't be enforced by e2b"),
     ("(timeout=7200)", {}, "export METAFLOW_SANDBOX_E2B_HOURS=24"),
+    ("", {"METAFLOW_SANDBOX_E2B_HOURS": "a day"}, "give a number of hours, such as 24"),
 ]
 
 

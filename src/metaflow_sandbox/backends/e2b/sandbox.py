@@ -73,6 +73,7 @@ class E2BSandbox(Sandbox):
         self._diagnosis: str | None = None
         self._ended_for_memory: int | None = None  # how many, when we first heard
         self._gone = False
+        self._ends = time.monotonic() + backend.longest_life
 
     def facts(self) -> dict[str, str]:
         return {"sandbox-isolation": "a microVM of E2B's", "sandbox-template": self._template}
@@ -209,8 +210,11 @@ class E2BSandbox(Sandbox):
     # --- life
 
     async def renew(self, lifetime: float) -> None:
-        with translated("renew", self.id):
-            await self.remote.set_timeout(math.ceil(lifetime))
+        # What goes beyond the plan might be refused, and the sandbox end before its time.
+        left = self._ends - time.monotonic()
+        if (seconds := math.floor(min(lifetime, left))) > 0:
+            with translated("renew", self.id):
+                await self.remote.set_timeout(seconds)
 
     async def destroy(self) -> None:
         if self._gone:
