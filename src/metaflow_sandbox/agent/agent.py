@@ -380,7 +380,6 @@ def run(attempt: str, code: str, work: str, sink: PipeSink | SpoolSink) -> None:
     with open(os.path.join(attempt, "job.json")) as f:
         job = json.load(f)
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # the step can't look into this process
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     reporter = Reporter(sink, job["limits"]["output"])
@@ -456,6 +455,8 @@ def start(attempt: str, code: str, work: str, spool: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    # The step can't look into this process, nor write where it writes, whatever it does.
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     if argv[0] == "run":
         run(argv[1], argv[2], argv[3], PipeSink(os.dup(1)))
     elif argv[0] == "start":
