@@ -280,8 +280,10 @@ class Daytona(Backend):
             sandbox = DaytonaSandbox(self, box, network.name(spec.network))
             try:
                 await sandbox.ready()
-            except BaseException:
+            except BaseException as e:
                 await self._destroy_quietly(sdk, box.id)
+                if isinstance(e, SandboxError) and e.retryable is None:
+                    e.retryable = True  # nothing of the user's has run
                 raise
         except BaseException:
             with anyio.CancelScope(shield=True):

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CHUNK = 24 * 1024
 PLAIN = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/= "
 HEARTBEAT = 10.0  # seconds
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 
@@ -160,7 +160,9 @@ def stopped(*_: object) -> None:
 
 def main(job: dict[str, Any]) -> None:
     lines = Lines()
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # what it runs can't look into this process
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     before = ran_out_of_memory()
     woken, wake = os.pipe()
     for fd in (woken, wake):
