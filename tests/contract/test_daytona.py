@@ -12,7 +12,7 @@ class TestDaytona(BackendContract):
 
     @pytest.fixture
     def backend(self, daytona, monkeypatch):
-        daytona.set(speed=30.0)
+        daytona.set(speed=20.0)  # so that a minute, the shortest lifetime, is three seconds
         for name, value in daytona.environment.items():
             monkeypatch.setenv(name, value)
         return Daytona()

@@ -30,7 +30,7 @@ class Refused(Exception):
 class Settings:
     """What a test may choose, with the defaults of a small account."""
 
-    speed: float = 60.0  # seconds of the cloud's in one of ours
+    speed: float = 1.0  # seconds of the cloud's in one of ours
     events: bool = True
     start_delay: float = 0.05  # seconds until a sandbox has started
     build_delay: float = 0.05
