@@ -14,7 +14,7 @@ import pytest
 from metaflow_extensions.sandbox.plugins.decorators import DaytonaDecorator
 from metaflow_sandbox.backends import daytona as backends
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
-from metaflow_sandbox.errors import SandboxError
+from metaflow_sandbox.errors import SandboxError, SandboxGone
 from metaflow_sandbox.launch.request import Request
 from metaflow_sandbox.launch.session import Session
 
@@ -221,6 +221,25 @@ def test_a_step_that_is_silent_for_twenty_minutes_is_not_stopped(user, cloud):
     cloud.ask("POST", f"write/{sandbox}", {"path": "/tmp/go", "content": ""})
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output.decode()
+
+
+@pytest.mark.anyio
+async def test_a_lifetime_is_kept_and_can_be_renewed(cloud, monkeypatch):
+    for variable, value in cloud.environment.items():
+        monkeypatch.setenv(variable, value)
+    cloud.set(speed=1.0)
+    sandbox = await backends.Daytona().create(SandboxSpec(lifetime=600.0))
+    try:
+        cloud.advance(minutes=9)
+        await sandbox.renew(600.0)
+        cloud.advance(minutes=9)
+        assert (await sandbox.run(["true"])).exit_code == 0
+        cloud.advance(minutes=2)
+        assert cloud.wait_until_none_lives()
+        with pytest.raises(SandboxGone):
+            await sandbox.run(["true"])
+    finally:
+        await sandbox.destroy()
 
 
 def test_a_sandbox_that_is_left_alone_is_stopped_and_goes_away(cloud):
