@@ -29,6 +29,8 @@ FLOW = """
             os.unlink(agent)
             with open(agent, "w") as f:
                 f.write(PROGRAM + ATTACKS[self.input])
+            print("so that the launcher connects again", flush=True)
+            time.sleep(2)
             listening = True
             while listening:
                 for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -36,7 +38,7 @@ FLOW = """
                         command = open("/proc/%s/cmdline" % pid).read()
                     except OSError:
                         continue
-                    if "agent.py\\0follow" in command:
+                    if "agent.py\\0start" in command and int(pid) != os.getppid():
                         listening = os.kill(int(pid), signal.SIGKILL)
             time.sleep(10000)
             self.next(self.join)

@@ -166,7 +166,7 @@ class Attempt:
         budget = Budget(self._output_bytes)
         self._err = err
         self._logs = {"o": LogRelay(out, budget), "e": LogRelay(err, budget)}
-        self._received = 0  # bytes of output
+        self._passed_on = 0  # bytes of output
         self._tail = bytearray()  # of the step's stderr
         self._outcome: Outcome | None = None
 
@@ -463,8 +463,8 @@ class Attempt:
 
     def _count(self, output: bytes) -> None:
         """Ends an attempt whose agent doesn't keep to the limit: it was taken over."""
-        self._received += len(output)
-        if not output or self._received > self._output_bytes:
+        self._passed_on += len(output)
+        if not output or self._passed_on > self._output_bytes:
             raise ProtocolError("more output comes than an agent passes on", op="stream")
 
     async def _keep_errors(self, data: bytes) -> None:
