@@ -105,7 +105,7 @@ async def make(
     if recipe.install:
 
         async def install(sandbox: DockerSandbox) -> None:
-            await say("packages are installed, once.")
+            await say(f"{recipe.title or 'packages'}: installed, once.")
             files = await anyio.to_thread.run_sync(lambda: dict(recipe.files))
             for inside, source in files.items():
                 await _copy(sandbox, inside, source)
