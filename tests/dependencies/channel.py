@@ -47,8 +47,8 @@ def micromamba(target):
     (target / "micromamba.py").write_bytes((HERE / "micromamba.py").read_bytes())
     program = target / "bin/micromamba"
     program.write_text(
-        '#!/bin/sh\nhere=$(dirname "$(dirname "$(readlink -f "$0")")")\n'
-        'exec "${MICROMAMBA_PYTHON:-python3}" -I "$here/micromamba.py" "$@"\n'
+        "#!/bin/sh\n"  # without other programs, which an image may lack
+        'exec "${MICROMAMBA_PYTHON:-python3}" -I "${0%/*}/../micromamba.py" "$@"\n'
     )
     program.chmod(0o755)
     return target
