@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -276,8 +277,16 @@ def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_pa
 
 
 @pytest.mark.heavy
-def test_an_image_and_packages_on_top_of_it(project, shared_packages, tmp_path):
+def test_an_image_and_packages_on_top_of_it(project, shared_packages, conda, tmp_path):
     root = images.root_file_system(tmp_path / "rootfs")
+    # What conda packages may expect of any Linux.
+    programs = [Path(sys.executable).resolve(), *(conda / "micromamba/lib").rglob("*.so")]
+    for path in {path for program in programs for path in images.libraries(program)}:
+        if path.parts[1] in ("lib", "lib64", "usr"):
+            copy = root / "usr" / path.relative_to("/usr" if path.is_relative_to("/usr") else "/")
+            shutil.copy(path, copy)
+    (root / "etc/ssl/certs").mkdir(parents=True)
+    shutil.copy("/etc/ssl/certs/ca-certificates.crt", root / "etc/ssl/certs")
     decorators = [f'@bubblewrap(image="{root}", network=False)']
     decorators += ['@conda(packages={"tomli": "2.2.1"})']
     body = WHICH + "; self.note = open('/opt/app/note').read()"
