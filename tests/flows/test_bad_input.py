@@ -29,7 +29,7 @@ FLOW = """
 """
 
 CASES = [
-    ('@sandbox(backend="nosuch")', "there is no backend 'nosuch'. Installed: bubblewrap"),
+    ('@sandbox(backend="nosuch")', "there is no backend 'nosuch'. Installed: boxlite, bubblewrap"),
     ("@sandbox(colour=1)", "colour"),
     ("@sandbox(memory=0)", "memory=0: give a whole number of megabytes above 0"),
     ('@sandbox(memory="lots")', "memory='lots': give a whole number of megabytes"),
@@ -40,7 +40,7 @@ CASES = [
     ('@bubblewrap(keep="always")', "keep='always': give \"on-failure\""),
     ('@bubblewrap(network=["http://x/y"])', "Leave out scheme, port and path"),
     ('@bubblewrap(network=["192.168.0.1"])', "192.168.0.1 is not on the public internet"),
-    ('@bubblewrap(trust="some")', 'trust=\'some\': give "data" or "all"'),
+    ('@bubblewrap(trust="some")', 'trust=\'some\': give "data", "all", or names of classes'),
     ('@bubblewrap(transfer="direct")', "is not there yet"),
     ("@bubblewrap(timeout=-1)", "timeout=-1: give a whole number of seconds"),
     ('@bubblewrap(backend="e2b")', "contradicts"),
@@ -51,8 +51,8 @@ CASES = [
     ("@sandbox\n        @bubblewrap", "has both @bubblewrap and @sandbox"),
     ("@kubernetes\n        @sandbox", "has both @kubernetes and @sandbox"),
     ("@sandbox\n        @secrets(sources=[])", "Pass the values by name instead"),
-    ("@daytona", 'pip install -U "metaflow-sandbox[daytona]"'),
-    ("@boxlite", 'pip install -U "metaflow-sandbox[boxlite]"'),
+    ("@daytona", "export DAYTONA_API_KEY="),
+    ("@e2b", "E2B_API_KEY" if sys.version_info >= (3, 11) else "3.11"),
 ]
 
 

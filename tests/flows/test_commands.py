@@ -131,7 +131,7 @@ def test_doctor_says_what_works_and_what_would_help(command):
     assert done.returncode == 0, done.stdout
     assert "bubblewrap: works" in done.stdout
     assert "enforced here:" in done.stdout and "memory" in done.stdout
-    assert 'pip install -U "metaflow-sandbox[daytona]"' in done.stdout
+    assert "export DAYTONA_API_KEY=" in done.stdout
     assert "export E2B_API_KEY=" in done.stdout or "metaflow-sandbox[e2b]" in done.stdout
 
 
