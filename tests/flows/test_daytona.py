@@ -10,6 +10,7 @@ import time
 import anyio
 import metaflow  # noqa: F401 - before what extends it
 import pytest
+from metaflow.metaflow_environment import MetaflowEnvironment
 
 from metaflow_extensions.sandbox.plugins.decorators import DaytonaDecorator
 from metaflow_sandbox.backends import daytona as backends
@@ -328,7 +329,8 @@ def test_what_is_wrong_is_said_at_the_launch_with_what_to_do(cloud, monkeypatch,
     session = Session([])
     try:
         with pytest.raises(SandboxError) as refused:
-            session.admit("start", request, lambda line, **_: lines.append(line))
+            plain = MetaflowEnvironment(None)
+            session.admit("start", request, plain, lambda line, **_: lines.append(line))
     finally:
         session.close()
     assert said in f"{refused.value}" + "\n".join(lines)
