@@ -40,7 +40,7 @@ SANDBOX_CONCURRENT = from_conf("SANDBOX_CONCURRENT")
 SANDBOX_PER_SECOND = from_conf("SANDBOX_PER_SECOND")
 
 # Hours that your plan of E2B's lets a sandbox live: 1 without a subscription, 24 with one.
-SANDBOX_E2B_HOURS = from_conf("SANDBOX_E2B_HOURS", 1)
+SANDBOX_E2B_HOURS = from_conf("SANDBOX_E2B_HOURS", "1")
 
 # `spin` skips every hook of a decorator that it doesn't know and would run the
 # step on the host, unsandboxed, so it must refuse our names. A user's own list
