@@ -160,7 +160,7 @@ class Machine:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
         config = json.dumps({"memory": memory and memory << 20, "cpus": cpus})
-        options = _options(Path(root), memory, disk, hidden, counter)
+        options = _options(Path(root), disk, hidden, counter)
         command = ["bwrap", *options, _PYTHON, "-S", "-s", "/run/first.py", str(theirs.fileno())]
         bwrap = subprocess.Popen(
             [*command, config], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -308,7 +308,7 @@ class Machine:
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def _options(root, memory, disk, hidden, counter):
+def _options(root, disk, hidden, counter):
     options = [
         "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-net", "--die-with-parent",
         "--as-pid-1", "--hostname", "machine", "--clearenv", "--cap-drop", "ALL",
@@ -332,10 +332,10 @@ def _options(root, memory, disk, hidden, counter):
     options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind", str(_FIRST), "/run/first.py"]
     options += ["--ro-bind", os.path.realpath("/usr/bin/python3"), _PYTHON]
     options += ["--setenv", "PYTHONHOME", "/usr"]
-    if memory:
-        count = root / "run" / "vmstat"
-        count.write_text("oom_kill 0\n")
-        options += ["--ro-bind", str(count), counter]
+    # Always: this machine's own counts what others on it use up.
+    count = root / "run" / "vmstat"
+    count.write_text("oom_kill 0\n")
+    options += ["--ro-bind", str(count), counter]
     if disk:
         options += ["--perms", "1777", "--size", str(disk << 20), "--tmpfs", "/tmp"]
     if os.getuid() == 0:
