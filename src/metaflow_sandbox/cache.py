@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from metaflow import metaflow_config
 from platformdirs import user_cache_path
 
 from .concurrency import plain_errors
@@ -85,6 +84,8 @@ Say = Callable[[str], Awaitable[None]]
 
 def limit() -> int:
     """Bytes that all environments together may have."""
+    from metaflow import metaflow_config  # as late as this: backends load without Metaflow
+
     return int(metaflow_config.SANDBOX_CACHE) << 20
 
 

@@ -26,7 +26,10 @@ SIGNALS = {
     "step": ("SIGKILL",),
 }
 #: How each backend is asked for. A new one is one line.
-BACKENDS = ("bubblewrap", "remote-like", "docker")
+# Containers are asked for by FAULTS=all alone, until each case was seen on an idle machine.
+BACKENDS = ("bubblewrap", "remote-like")
+if os.environ.get("FAULTS") == "all":
+    BACKENDS += ("docker",)
 SAMPLE = 10
 PROMISED_SECONDS = 15
 #: Where there is a sandbox to kill, and an agent and a step in it.

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-from metaflow import metaflow_config
 
 from .. import cache
 from ..concurrency import blocking
@@ -34,6 +33,8 @@ class BuildFailed(SandboxError):
 
 def spec(backend: Backend, recipe: Recipe, files: Mapping[str, Path]) -> SandboxSpec:
     """A sandbox to build in: without a network, where the backend can do that."""
+    from metaflow import metaflow_config  # as late as this: backends load without Metaflow
+
     return SandboxSpec(
         labels={"purpose": "build"},
         lifetime=min(_SECONDS + 600, backend.longest_lifetime or _SECONDS + 600),
