@@ -16,6 +16,7 @@ import pytest
 
 THIRD_PARTY = Path(__file__).parent / "third_party"
 FLOW_SECONDS = 240
+_ENDED_BY = (signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # A shell that starts tests in the background has it ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # A shell that starts tests in the background has the one ignored, nohup the other.
+            preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in _ENDED_BY],
         )
 
     def run(self, name, *arguments, env=None):
