@@ -30,6 +30,7 @@ from platformdirs import user_cache_path
 
 from .concurrency import plain_errors
 from .errors import SandboxError
+from .settings import number
 
 ROOT, ARCHIVE = "root", "archive"
 _KEY = re.compile(r"[A-Za-z0-9_-]{8,100}\Z")
@@ -84,9 +85,7 @@ Say = Callable[[str], Awaitable[None]]
 
 def limit() -> int:
     """Bytes that all environments together may have."""
-    from metaflow import metaflow_config  # as late as this: backends load without Metaflow
-
-    return int(metaflow_config.SANDBOX_CACHE) << 20
+    return int(number("CACHE")) << 20
 
 
 async def get(key: str, build: Build, say: Say) -> Path:

@@ -183,6 +183,19 @@ def test_a_scheduler_that_is_ended_leaves_nothing(project, number):
     project.assert_nothing_left(15)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_while_it_makes_ready_leaves_nothing(project, tmp_path, number):
+    began = tmp_path / "began"
+    project.write("flow.py", FLOW % ('backend="preparing"', "pass"))
+    process = project.start("flow.py", "run", env={"PREPARING": str(began)})
+    while not began.exists():
+        assert process.poll() is None, process.communicate()[0].decode()
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    project.assert_nothing_left(15)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("who", ["client", "supervisor"])
 def test_what_runs_an_attempt_is_ended_and_the_task_fails_and_nothing_is_left(project, who, number):

@@ -6,7 +6,11 @@ It is bubblewrap underneath, so that these paths run against a real sandbox.
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import anyio
+
+from metaflow_sandbox.backends.base import SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap
 
 
@@ -34,6 +38,24 @@ class Leased(RemoteLike):
         sandbox = await super().create(replace(spec, lifetime=3600))
         sandbox.renew = _renew
         return sandbox
+
+
+class Preparing(RemoteLike):
+    """Is at work on what sandboxes are made from, in one of them, until it is interrupted.
+
+    PREPARING   file that is there once it has begun
+    """
+
+    name = "preparing"
+
+    async def prepare(self, recipe, say):
+        sandbox = await self.create(SandboxSpec())
+        try:
+            Path(os.environ["PREPARING"]).touch()
+            await sandbox.run(["sleep", "1000"])
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sandbox.destroy()
 
 
 async def _renew(lifetime):

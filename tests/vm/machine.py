@@ -32,14 +32,16 @@ import sys
 import tarfile
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "vm"
 SUITE = "bookworm"
 PYTHON = "3.11"  # of that suite
 PACKAGES = ["qemu-system-x86", "busybox-static", "mmdebstrap", "e2fsprogs", "cpio"]
-BOXLITE = "boxlite>=0.10.8,<0.11"
 MEMORY = 6144
 DISK = "8000M"
 # In the order in which they have to be loaded.
@@ -176,8 +178,7 @@ def _disk(work: Path) -> None:
     sh(
         sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--target", tree / "opt/packages", "--python-version", PYTHON,
-        "--only-binary=:all:", BOXLITE, "metaflow>=2.19.26", "anyio>=4.10", "h11>=0.16",
-        "tenacity>=9", "click>=8.1", "platformdirs>=4", "pytest>=8.2",
+        "--only-binary=:all:", *_requirements(), "pytest>=8.2",
     )  # fmt: skip
     shutil.copytree(BUILD / "guest", tree / "opt/guest")
     (tree / "init").write_text(_INIT)
@@ -185,6 +186,14 @@ def _disk(work: Path) -> None:
     made = work / "root.img"
     sh("mke2fs", "-q", "-t", "ext4", "-d", tree, made, DISK)
     made.rename(BUILD / "root.img")
+
+
+def _requirements() -> list[str]:
+    """What this package needs in the machine, with its extra for boxlite."""
+    there = {"extra": "boxlite", "python_version": PYTHON}
+    declared = map(Requirement, metadata.requires("metaflow-sandbox") or ())
+    needed = [r for r in declared if r.marker is None or r.marker.evaluate(there)]
+    return [f"{r.name}{r.specifier}" for r in needed]
 
 
 def payload(target: Path, script: str) -> None:

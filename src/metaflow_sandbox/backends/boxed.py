@@ -56,7 +56,8 @@ class BoxedSandbox(Sandbox):
     @contextlib.asynccontextmanager
     async def _operation(self, request: dict[str, Any], *fds: int) -> AsyncIterator[socket.socket]:
         """Begins an operation; gives the line to it."""
-        line, far = socket.socketpair()
+        # By messages, so that an empty answer is one, and the end of nothing.
+        line, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         line.setblocking(False)
         try:
             self._send(request, far, fds)

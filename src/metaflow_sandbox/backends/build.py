@@ -13,6 +13,7 @@ import anyio
 from .. import cache
 from ..concurrency import blocking
 from ..errors import SandboxError
+from ..settings import number
 from .base import Backend, Recipe, Sandbox, SandboxSpec, Say
 
 _SECONDS = 3600.0
@@ -33,13 +34,11 @@ class BuildFailed(SandboxError):
 
 def spec(backend: Backend, recipe: Recipe, files: Mapping[str, Path]) -> SandboxSpec:
     """A sandbox to build in: without a network, where the backend can do that."""
-    from metaflow import metaflow_config  # as late as this: backends load without Metaflow
-
     return SandboxSpec(
         labels={"purpose": "build"},
         lifetime=min(_SECONDS + 600, backend.longest_lifetime or _SECONDS + 600),
         mounts=files,
-        memory=int(metaflow_config.SANDBOX_MEMORY) or None if backend.limits().memory else None,
+        memory=int(number("MEMORY")) or None if backend.limits().memory else None,
         image=recipe.image,
         network=False if "none" in backend.limits().network else None,
         options=recipe.options,

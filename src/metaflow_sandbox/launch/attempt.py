@@ -23,7 +23,6 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-from metaflow import metaflow_config
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -41,6 +40,7 @@ from ..backends.base import Backend, Sandbox, SandboxSpec
 from ..concurrency import blocking, plain_errors, write_all
 from ..errors import NO_PLACE, ConnectionLost, ProtocolError, Rejected, SandboxError
 from ..manage import ownership
+from ..settings import number
 from .job import Job
 from .logs import Budget, LogRelay
 from .quota import Places
@@ -162,7 +162,7 @@ class Attempt:
         self._unpacking: list[str] = []  # the beginning of the command that starts the agent
         self._received = 0  # bytes of frames
         self._sandbox: Sandbox | None = None
-        self._output_bytes = int(metaflow_config.SANDBOX_MAX_OUTPUT) << 20
+        self._output_bytes = int(number("MAX_OUTPUT")) << 20
         budget = Budget(self._output_bytes)
         self._err = err
         self._logs = {"o": LogRelay(out, budget), "e": LogRelay(err, budget)}
@@ -262,8 +262,8 @@ class Attempt:
         limits = self.backend.limits()
         memory, disk = request.memory, request.disk
         if not self.backend.hosted:
-            memory = memory or int(metaflow_config.SANDBOX_MEMORY) or None
-            disk = disk or int(metaflow_config.SANDBOX_DISK) or None
+            memory = memory or int(number("MEMORY")) or None
+            disk = disk or int(number("DISK")) or None
         whole = request.deadline + _LIFETIME_MARGIN
         return SandboxSpec(
             labels={
@@ -536,7 +536,7 @@ class Attempt:
     ) -> results.Results:
         await blocking(partial(shutil.rmtree, target, ignore_errors=True))
         target.mkdir(mode=0o700)  # noqa: ASYNC240 - microseconds
-        disk = self.request.disk or int(metaflow_config.SANDBOX_DISK) or _RESULTS
+        disk = self.request.disk or int(number("DISK")) or _RESULTS
         seconds = max(60.0, min(self.request.deadline, _COLLECT_SECONDS))
         async with _timed(self.timings, "collect"):
             try:
@@ -560,7 +560,7 @@ class Attempt:
         return await blocking(partial(recorder.decide, parents, delivered, found, exited_well=well))
 
     async def _record(self, delivered: results.Results, admitted: Admitted) -> Verdict:
-        limit = int(metaflow_config.SANDBOX_MAX_ARTIFACT) << 20
+        limit = int(number("MAX_ARTIFACT")) << 20
         blobs = delivered.delivered(sorted(admitted.decision.new))
         async with self._recording, self._readers.contents(blobs, limit) as contents:
             return await blocking(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
@@ -15,6 +17,7 @@ from .. import cache, environments
 from ..admission.text import harmless
 from ..backends import registry
 from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, Say
+from ..concurrency import plain_errors
 from ..errors import BackendUnavailable, SandboxError
 from ..leases import Lease, living
 from . import client
@@ -23,6 +26,8 @@ from .progress import shown
 from .quota import quota_of
 from .request import Request
 from .stage import withhold
+
+T = TypeVar("T")
 
 _END_SECONDS = 30.0
 _NAMED = 5
@@ -80,7 +85,8 @@ class Session:
             logger(f"[sandbox] {line}", system_msg=True)
 
         with shown(step, log) as say:
-            prepared, python = anyio.run(self._prepare, step, request, environment, backend, say)
+            prepare = partial(self._prepare, step, request, environment, backend, say)
+            prepared, python = anyio.run(_until_ended, prepare)
         save_prepared(self.workspace.path, step, prepared, python)
         self.backends[step] = backend.name
         lines = [f"Steps run in sandboxes of {preflight.provider}."]
@@ -220,3 +226,33 @@ class Session:
             cache.discard(path)
         for name in set(self.backends.values()):
             registry.load(name).sweep()
+
+
+async def _until_ended(prepare: Callable[[], Awaitable[T]]) -> T:
+    """Does it, and ends what it made if this process is asked to end meanwhile.
+
+    SIGINT is asyncio's to handle, and its `KeyboardInterrupt` does the same.
+
+    Raises:
+        SystemExit: it was asked to.
+    """
+    asked = 0
+
+    async def wait_for_signals() -> None:
+        nonlocal asked
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
+            numbers.append(signal.SIGHUP)
+        with anyio.open_signal_receiver(*numbers) as signals:
+            async for number in signals:
+                asked = number
+                tasks.cancel_scope.cancel()
+
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(wait_for_signals)
+            prepared = await prepare()
+            tasks.cancel_scope.cancel()
+    if asked:
+        raise SystemExit(128 + asked)
+    return prepared

@@ -14,16 +14,17 @@ SANDBOX_DECORATORS = ["sandbox", "bubblewrap", "boxlite", "docker", "daytona", "
 SANDBOX_BACKEND = from_conf("SANDBOX_BACKEND")
 # The client program of @docker: "podman", or a path. None: docker, else podman.
 SANDBOX_DOCKER = from_conf("SANDBOX_DOCKER")
+# Numbers are texts here: `plugins/settings.py` says why, and has their bounds.
 # Megabytes of memory for a sandbox whose step doesn't say; 0: no limit.
-SANDBOX_MEMORY = from_conf("SANDBOX_MEMORY", 4096)
+SANDBOX_MEMORY = from_conf("SANDBOX_MEMORY", "4096")
 # Megabytes that a sandbox can write where the step doesn't say.
-SANDBOX_DISK = from_conf("SANDBOX_DISK", 2048)
+SANDBOX_DISK = from_conf("SANDBOX_DISK", "2048")
 # Megabytes that one artifact may have when it is unpacked on the host.
-SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", 1024)
+SANDBOX_MAX_ARTIFACT = from_conf("SANDBOX_MAX_ARTIFACT", "1024")
 # Megabytes of output that one attempt may print; the rest is dropped, and said.
-SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", 16)
+SANDBOX_MAX_OUTPUT = from_conf("SANDBOX_MAX_OUTPUT", "16")
 # Megabytes that the environments which were built on this machine may have together.
-SANDBOX_CACHE = from_conf("SANDBOX_CACHE", 20480)
+SANDBOX_CACHE = from_conf("SANDBOX_CACHE", "20480")
 # What installs conda packages inside of sandboxes: micromamba, or a directory with
 # bin/micromamba, for the processor that they have. Default: the one that Metaflow uses here.
 SANDBOX_MICROMAMBA = from_conf("SANDBOX_MICROMAMBA")
@@ -33,7 +34,7 @@ SANDBOX_TRUST = from_conf("SANDBOX_TRUST", "data")
 # Classes whose objects this host loads beside that, whatever the step said: "pkg.A,pkg.B".
 SANDBOX_RELEASE = from_conf("SANDBOX_RELEASE")
 # Seconds of CPU that loading one such artifact may take.
-SANDBOX_MAX_LOAD = from_conf("SANDBOX_MAX_LOAD", 60)
+SANDBOX_MAX_LOAD = from_conf("SANDBOX_MAX_LOAD", "60")
 # Sandboxes at once, and creations a second, for backends: "e2b=20,daytona=10". Across
 # all runs of this user on this machine; what isn't named keeps its backend's default.
 SANDBOX_CONCURRENT = from_conf("SANDBOX_CONCURRENT")

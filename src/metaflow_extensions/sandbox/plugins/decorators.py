@@ -14,6 +14,7 @@ from metaflow.decorators import StepDecorator
 from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import FEAT_ALWAYS_UPLOAD_CODE_PACKAGE
 
+from . import settings
 from .tainted import WORKLOAD, inside_sandbox
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class SandboxDecorator(StepDecorator):
         # its own too (it renders cards), nor on the host for the sake of another task.
         if inside_sandbox() or not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
             return
+        settings.check()
         self._refuse_deployers()
         self._refuse_companions(graph[step], decos, environment)
         if self.env is not None and not self.statically_defined:
@@ -223,6 +225,9 @@ class SandboxDecorator(StepDecorator):
         except SandboxError as e:
             SandboxDecorator._end_session()
             raise SandboxException(f"@{self.name} on step *{self.step}*: {e}") from None
+        except BaseException:  # Ctrl-C while it is made ready: Metaflow ends no run that has none
+            SandboxDecorator._end_session()
+            raise
 
     def runtime_task_created(
         self,

@@ -147,9 +147,9 @@ def _configured() -> tuple[str, ...]:
 
 
 def _seconds() -> float:
-    from metaflow import metaflow_config
+    from .settings import number
 
-    return float(metaflow_config.SANDBOX_MAX_LOAD)
+    return number("MAX_LOAD")
 
 
 class ArtifactRefused(MetaflowException):

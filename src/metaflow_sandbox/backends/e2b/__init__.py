@@ -20,10 +20,10 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
-from metaflow import metaflow_config
 
 from ...concurrency import blocking
 from ...errors import NOT_SET_UP, BackendUnavailable, ConnectionLost, NotEnforceable, SandboxError
+from ...settings import number
 from ..base import (
     Backend,
     Capabilities,
@@ -47,25 +47,6 @@ _CREATION = "metaflow-creation"  # a label of ours, by which one is found whose 
 _CHECK = "import sys; sys.exit(sys.version_info < (3, 8))"
 
 
-def _hours() -> float:
-    """What the plan of the account lets a sandbox live.
-
-    Raises:
-        SandboxError: the setting is no number of hours.
-    """
-    text = metaflow_config.SANDBOX_E2B_HOURS
-    try:
-        hours = float(text)
-    except (TypeError, ValueError):
-        hours = 0.0
-    if not 0.1 <= hours <= 8760:
-        raise SandboxError(
-            f"METAFLOW_SANDBOX_E2B_HOURS={text!r}: give a number of hours, such as 24.",
-            code="invalid_setting",
-        )
-    return hours
-
-
 class E2B(Backend):
     name = "e2b"
     capabilities = Capabilities(
@@ -86,7 +67,7 @@ class E2B(Backend):
 
     def __init__(self) -> None:
         #: Seconds after which E2B ends a sandbox, however often it is renewed.
-        self.longest_life = _hours() * 3600
+        self.longest_life = number("E2B_HOURS") * 3600
         self.longest_step = self.longest_life - _END_MARGIN
         self.longest_step_remedy = (
             "If your plan of E2B's has longer sandboxes, say so: export METAFLOW_SANDBOX_E2B_HOURS="
