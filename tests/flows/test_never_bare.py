@@ -4,6 +4,11 @@ With Metaflow's real commands. The step marks the host if it runs there; the con
 the same flow without the decorator, where the same commands do run it.
 """
 
+import contextlib
+import http.server
+import json
+import threading
+
 import pytest
 
 FLOW = """
@@ -135,3 +140,54 @@ def test_a_deployer_is_refused_by_name_before_it_packs_anything(project, name, h
     assert f"`{name}` would run step" in done.output, done.output
     assert "outside of any sandbox" in done.output
     assert not (project.directory / "dag.py").exists()
+
+
+def test_what_is_refused_would_have_run_the_step_bare(project, s3):
+    """The control: without the decorator each has a machine run the step as it is."""
+    project.write("flow.py", FLOW % PLAIN)
+    with amazon() as url:
+        env = {
+            **s3,
+            "AWS_ENDPOINT_URL": url,
+            "METAFLOW_SFN_IAM_ROLE": "arn:aws:iam::1:role/any",
+            "METAFLOW_BATCH_JOB_QUEUE": "queue",
+            "METAFLOW_ECS_S3_ACCESS_IAM_ROLE": "role",
+            "METAFLOW_KUBERNETES_NAMESPACE": "default",
+        }
+        for name, command in DEPLOYERS.items():
+            done = project.run("flow.py", *command, env=env).ok()
+            dag = project.directory / "dag.py"
+            plan = dag.read_text() if name == "airflow" else done.output
+            assert "step work --run-id" in plan, (name, plan)
+
+
+@contextlib.contextmanager
+def amazon():
+    """Step Functions and Batch, as far as a state machine's plan needs them: there is none yet."""
+
+    answer = {
+        "stateMachines": [],
+        "jobQueues": [{"computeEnvironmentOrder": [{"computeEnvironment": "one"}]}],
+        "computeEnvironments": [{"computeResources": {"type": "EC2"}}],
+        "jobDefinitions": [],
+        "jobDefinitionArn": "job",
+    }
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
