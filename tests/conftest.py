@@ -14,9 +14,22 @@ from pathlib import Path
 import engines
 import pytest
 
+import sampling
+
 THIRD_PARTY = Path(__file__).parent / "third_party"
 FLOW_SECONDS = 240
 _ENDED_BY = (signal.SIGINT, signal.SIGHUP)
+
+
+def pytest_collection_modifyitems(config, items):
+    kept, left = sampling.take_part(items)
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(sampling.said())
 
 
 @dataclass

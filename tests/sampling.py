@@ -1,0 +1,42 @@
+"""Tests of which a commit runs a part, another for each: those that are marked `sample(share)`.
+
+SUITE=all runs all of them.
+"""
+
+import hashlib
+import os
+import subprocess
+
+
+def commit():
+    """What stands for this commit. COMMIT says it where there is no repository."""
+    if given := os.environ.get("COMMIT"):
+        return given
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or "none"
+
+
+def take_part(items):
+    """Divides collected tests into those that run and those that another commit runs."""
+    kept, left = [], []
+    chosen_by = None if _whole() else commit()
+    for item in items:
+        mark = item.get_closest_marker("sample")
+        if mark is None or chosen_by is None:
+            kept.append(item)
+            continue
+        digest = hashlib.sha256(f"{chosen_by} {item.nodeid}".encode()).digest()
+        share = int.from_bytes(digest[:4], "big") / (1 << 32)
+        (kept if share < mark.args[0] else left).append(item)
+    return kept, left
+
+
+def said():
+    """Which part runs, for who reads a report."""
+    if _whole():
+        return "SUITE=all: nothing that is sampled was left out."
+    return f"Of what is marked `sample`, the part of {commit()[:9]}; SUITE=all runs all of it."
+
+
+def _whole():
+    return os.environ.get("SUITE") == "all"
