@@ -170,6 +170,25 @@ def test_a_means_that_does_not_serve_gives_way_to_the_next(monkeypatch, tmp_path
     assert any("through an HTTP(S) proxy" in note for note in notes)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can take a mount from others")
+def test_a_sandbox_with_a_route_takes_no_mount_from_this_machine(tmp_path):
+    """Where mounts are shared with other namespaces, as systemd has them."""
+    assert network.route_available()
+    inner = tmp_path / "outer/inner"
+
+    async def make():
+        await (await Bubblewrap().create(SandboxSpec(disk=64, network=True))).destroy()
+
+    with contextlib.ExitStack() as mounted:
+        for path in (inner.parent, inner):
+            path.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "test", path], check=True)
+            mounted.callback(subprocess.run, ["umount", path])
+            subprocess.run(["mount", "--make-shared", path], check=True)
+        anyio.run(make)
+        assert inner.is_mount()
+
+
 @pytest.mark.parametrize("milliseconds", range(0, 40, 2))
 def test_a_start_that_is_cancelled_at_any_point_leaves_no_process(milliseconds):
     async def start():

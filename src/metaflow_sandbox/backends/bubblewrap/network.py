@@ -32,12 +32,16 @@ _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 _DEVICE, _RESOLVER = "tap0", "10.0.2.3"  # as slirp4netns has them
 RESOLV = f"nameserver {_RESOLVER}\n".encode()
 _READY_SECONDS = 10.0
+# For its own sandbox slirp4netns detaches all mounts of a namespace in which only the root is
+# private. As root that takes what lies below any other shared mount from the whole machine:
+# /dev/pts and /run/user, where systemd runs, and the roots of containers that start.
+_APART = ("unshare", "--mount", "--propagation", "slave")
 
 
 def route_available() -> bool:
     """Whether the internet can be given as a device, not as a proxy."""
     return (
-        all(shutil.which(program, path=_PATH) for program in ("slirp4netns", "nft", "nsenter"))
+        all(shutil.which(program, path=_PATH) for program in ("slirp4netns", "nft", "nsenter", "unshare"))
         and os.access("/dev/net/tun", os.R_OK | os.W_OK)
     )  # fmt: skip
 
@@ -137,7 +141,7 @@ class Route:
         inherited = [fd for fd in (ready_inside, exit_inside, network, owner) if fd is not None]
         try:
             self._process = subprocess.Popen(
-                [*_enter(owner), "slirp4netns", "--configure", "--mtu=65520",
+                [*_enter(owner), *_APART, "slirp4netns", "--configure", "--mtu=65520",
                  "--disable-host-loopback", "--enable-sandbox", "--enable-seccomp",
                  f"--ready-fd={ready_inside}", f"--exit-fd={exit_inside}", "--netns-type=path",
                  f"/proc/self/fd/{network}", _DEVICE],
