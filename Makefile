@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-daytona test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full large docs clean
+.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -60,9 +60,13 @@ test-flows: $(VENV)/dev
 test-daytona: $(VENV)/dev
 	$(BIN)/python -m pytest -q tests/attacks/test_daytona.py tests/faults/test_daytona.py
 
-# Containers of Docker and Podman, all of the contract on both.
+# Containers of Docker and Podman, all of the contract on both; `make test` runs a part.
 test-containers: $(VENV)/dev
 	CONTAINERS=all $(BIN)/python -m pytest -q $(wildcard tests/*/test_docker*.py)
+
+# The same as a user who gets to Docker by its group alone, which only root can arrange.
+test-containers-unprivileged: $(VENV)/dev
+	$(BIN)/python tests/contract/engines.py 61234 scripts/as-unprivileged-user make test-containers
 
 # Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev

@@ -1,8 +1,8 @@
 """A Docker engine of the tests' own, with images made here: no registry is asked for anything.
 
-    python tests/contract/engines.py DIRECTORY GROUP    runs one until it is interrupted
+    python tests/contract/engines.py GROUP COMMAND…    runs a command beside one, as root
 
-Users of that group may use its socket. The file DIRECTORY/ready says that they can.
+Users of that group may use its socket; TEST_DOCKERD tells the command where it is.
 
 It has its own directories, socket and pidfile and no bridge, so that it disturbs no other one,
 and other tests' engines don't disturb it. Several test processes share one: the first starts
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -152,9 +153,15 @@ def podman(directory):
 
 
 if __name__ == "__main__":
-    engine = Dockerd(Path(sys.argv[1]).resolve(), f"--group={sys.argv[2]}").join()
-    engine.directory.chmod(0o755)
-    (engine.directory / "ready").touch()
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.sigwait([signal.SIGINT, signal.SIGTERM])
-    engine.leave()
+    group, *command = sys.argv[1:]
+    # A name that is short enough for sockets, below a directory that everybody gets to.
+    with tempfile.TemporaryDirectory(prefix="engine.", dir="/var/tmp") as base:
+        Path(base).chmod(0o755)
+        engine = Dockerd(Path(base) / "dockerd", f"--group={group}").join()
+        engine.directory.chmod(0o755)
+        environment = {**os.environ, "TEST_DOCKERD": str(engine.directory)}
+        try:
+            code = subprocess.run(command, env=environment, check=False).returncode
+        finally:
+            engine.leave()
+    sys.exit(code)

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import tarfile
+import tempfile
+from pathlib import Path
 
 import engines
 import images
@@ -238,14 +240,28 @@ def test_an_image_without_python_is_refused(project, docker, tmp_path):
     assert "no python3 on its PATH" in output
 
 
-def test_an_image_whose_python_is_none_is_refused(project, docker, small, tmp_path):
-    name = "strange:1"
-    docker.docker("run", "--name", "strange", "--network", "none", small, "sh", "-c",
-                  "printf '#!/bin/sh\\necho hello\\n' > /usr/bin/python3")  # fmt: skip
-    docker.docker("commit", "strange", name)
+#: What is in the place of an image's python3, and what is said of it.
+NO_PYTHON = {
+    "none": ("#!/bin/sh\necho hello\n", "python3 is none"),
+    "too old": (
+        '#!/bin/sh\nexec /usr/bin/real -I -S -c "import sys; sys.version_info = (3, 7)\n'
+        'sys.version = \'3.7.17 of this test\'\n$4" "$5"\n',
+        "python3 3.7.17 is too old",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PYTHON)
+def test_an_image_whose_python_will_not_do_is_refused(project, docker, small, kind):
+    program, said = NO_PYTHON[kind]
+    script = (
+        "import os; os.rename('/usr/bin/python3', '/usr/bin/real'); "
+        f"open('/usr/bin/python3', 'w').write({program!r}); os.chmod('/usr/bin/python3', 0o755)"
+    )
+    docker.docker("run", "--name", "strange", "--network", "none", small, "python3", "-c", script)
+    docker.docker("commit", "strange", "strange:1")
     docker.docker("rm", "strange")
-    output = refused(project, f'@docker(image="{name}")')
-    assert "python3 is none" in output
+    assert said in refused(project, '@docker(image="strange:1")')
 
 
 def test_a_setup_that_fails_shows_what_it_said(project, small):
@@ -315,6 +331,36 @@ def test_an_image_is_pulled_and_its_digest_is_recorded(project, server, docker):
 def test_a_registry_that_refuses_says_how_to_log_in(project, server):
     output = refused(project, f'@docker(image="{server.address}/private/image:1")')
     assert f"docker login {server.address}" in output
+
+
+@pytest.fixture
+def little(request):
+    """An engine with so many MB of disk."""
+    if os.getuid() != 0:
+        pytest.skip("NOT CHECKED as an ordinary user: only root can start an engine")
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # a short name, for sockets
+        engine = engines.Dockerd(Path(directory) / "engine")
+        data = engine.directory / "data"
+        data.mkdir(parents=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={request.param}m", "test", data], check=True
+        )
+        try:
+            engine.start()
+            yield engine
+        finally:
+            engine.stop()
+
+
+@pytest.mark.parametrize(("little", "setup"), [(24, []), (256, ["cat /dev/zero > /big"])],
+                         indirect=["little"], ids=["pull", "setup"])  # fmt: skip
+def test_an_engine_whose_disk_is_full_says_how_to_make_room(project, server, little, setup):
+    project.environment["DOCKER_HOST"] = little.host
+    project.environment["DOCKER_CONFIG"] = str(server.config)
+    name = f"{server.address}/private/image:1"
+    output = refused(project, f"@docker(image={name!r}, setup={setup!r})")
+    assert "no space left on device" in output.lower()
+    assert "docker system prune" in output
 
 
 def test_an_image_that_is_not_there_is_named(project, server):

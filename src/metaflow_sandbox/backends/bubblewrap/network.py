@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ...egress.proxy import Proxy
 
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_PROGRAMS = ("slirp4netns", "nft", "nsenter", "unshare")
 _DEVICE, _RESOLVER = "tap0", "10.0.2.3"  # as slirp4netns has them
 RESOLV = f"nameserver {_RESOLVER}\n".encode()
 _READY_SECONDS = 10.0
@@ -41,7 +42,7 @@ _APART = ("unshare", "--mount", "--propagation", "slave")
 def route_available() -> bool:
     """Whether the internet can be given as a device, not as a proxy."""
     return (
-        all(shutil.which(program, path=_PATH) for program in ("slirp4netns", "nft", "nsenter", "unshare"))
+        all(shutil.which(program, path=_PATH) for program in _PROGRAMS)
         and os.access("/dev/net/tun", os.R_OK | os.W_OK)
     )  # fmt: skip
 

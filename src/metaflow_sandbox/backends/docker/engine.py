@@ -220,8 +220,9 @@ def is_missing(said: str) -> bool:
 
 
 def _tail(said: str) -> str:
-    """The end of what a program said, without what could steer a terminal."""
-    text = said.strip()[-1000:]
+    """The end of what a program said, without warnings and what could steer a terminal."""
+    lines = [line for line in said.splitlines() if not line.startswith("WARNING: ")]
+    text = "\n".join(lines).strip()[-1000:]
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
@@ -246,11 +247,9 @@ _IMAGE = {
     "exec format error": "the image is for another kind of processor: choose one for this engine.",
     "is too old": "the image's python3 is too old: 3.8 or later.",
 }
+NO_SPACE = "the engine's disk is full: docker system prune removes what nobody uses."
 _OTHER = {
-    "no space left on device": (
-        "no_space",
-        "the engine's disk is full: docker system prune removes what nobody uses.",
-    ),
+    "no space left on device": ("no_space", NO_SPACE),
     "unknown runtime": ("no_runtime", "name one that `docker info` lists under Runtimes."),
     "unknown or invalid runtime": (
         "no_runtime",
@@ -301,7 +300,7 @@ def explain_pull(name: str, lines: Sequence[str]) -> SandboxError:
         "no basic auth credentials": f"log in and run the flow again: docker login{where}",
         "toomanyrequests": f"the registry counts what you pull. Log in: docker login{where}",
         "denied": f"there is none, or you may not have it. Then log in: docker login{where}",
-        "no space left": "the engine's disk is full: docker system prune.",
+        "no space left": NO_SPACE,
         "no matching manifest": "there is none for this engine's kind of processor.",
         "manifest unknown": "there is no such tag: look at its name.",
         "not found": "there is none of that name: look at it, and at its tag.",

@@ -17,7 +17,7 @@ from platformdirs import user_cache_path
 from ...errors import SandboxError
 from ...leases import alone
 from ..base import Recipe, Say
-from .engine import BadImage, Engine, explain, explain_pull
+from .engine import NO_SPACE, BadImage, Engine, explain, explain_pull
 
 if TYPE_CHECKING:
     from . import Docker
@@ -159,6 +159,8 @@ async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
     if code != 0:
         text = tail.decode(errors="replace").strip()
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        if "no space left on device" in text.lower():  # there it has no disk of its own
+            text += f"\n{NO_SPACE}"
         raise BadImage(
             f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. It ran as "
             f"root; setup has the internet through an HTTP proxy alone.\n{text}",
