@@ -66,7 +66,7 @@ test-containers: $(VENV)/dev
 
 # The same as a user who gets to Docker by its group alone, which only root can arrange.
 test-containers-unprivileged: $(VENV)/dev
-	$(BIN)/python tests/contract/engines.py 61234 scripts/as-unprivileged-user make test-containers
+	$(BIN)/python tests/contract/engines.py scripts/as-unprivileged-user make test-containers
 
 # Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev

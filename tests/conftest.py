@@ -13,6 +13,7 @@ from pathlib import Path
 
 import engines
 import pytest
+from metaflow import metaflow_config
 
 import sampling
 
@@ -239,6 +240,20 @@ def docker(request, dockerd, monkeypatch):
         pytest.skip("NOT CHECKED as an ordinary user: make test-containers-unprivileged does")
     monkeypatch.setenv("DOCKER_HOST", dockerd.host)
     monkeypatch.delenv("DOCKER_CONTEXT", raising=False)
-    tag = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
-    dockerd.docker("tag", engines.IMAGE, tag)
+    dockerd.docker("tag", engines.IMAGE, engines.DEFAULT)
     return dockerd
+
+
+@pytest.fixture(scope="session")
+def podman_there():
+    with engines.Podman.there() as engine:
+        yield engine
+
+
+@pytest.fixture
+def podman(podman_there, monkeypatch):
+    """Has everything in this process talk to Podman; the default image is there."""
+    # Both the module and the variable, for tests that start a process.
+    monkeypatch.setattr(metaflow_config, "SANDBOX_DOCKER", str(podman_there.program))
+    monkeypatch.setenv("METAFLOW_SANDBOX_DOCKER", str(podman_there.program))
+    return podman_there

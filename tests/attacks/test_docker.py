@@ -3,6 +3,7 @@
 That each of the first succeeds without a sandbox is shown by `test_isolation.py`.
 """
 
+import ast
 import json
 import os
 import signal
@@ -35,17 +36,13 @@ ITS_OWN = {
     "become root": "of the container, with what dpkg needs and no more",
     "hold capabilities": "those",
 }
+ALL = os.environ.get("CONTAINERS") == "all"
 CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 31
 
 
-@pytest.fixture(scope="module")
-def outcomes(dockerd):
-    """What came of each attack: all of them, in one container."""
-    if os.getuid() != 0:
-        pytest.skip("NOT CHECKED as an ordinary user, only as root: the engine is the same")
+def attack_all():
+    """{attack: what came of it} of all attacks, in one container of the engine in force."""
     surroundings = test_isolation.Surroundings()
-    before = os.environ.get("DOCKER_HOST")
-    os.environ["DOCKER_HOST"] = dockerd.host
     try:
         names = surroundings.names
         commands = {a.name: a.command(names, inside=True) for a in probes.ATTACKS}
@@ -67,16 +64,29 @@ def outcomes(dockerd):
 
         return anyio.run(attack)
     finally:
-        os.environ.pop("DOCKER_HOST")
-        if before is not None:
-            os.environ["DOCKER_HOST"] = before
         surroundings.close()
+
+
+@pytest.fixture(scope="module")
+def outcomes(dockerd):
+    if os.getuid() != 0:
+        pytest.skip("NOT CHECKED as an ordinary user, only as root: the engine is the same")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", dockerd.host)
+        return attack_all()
 
 
 @pytest.mark.parametrize("attack", [pytest.param(a, id=a.name) for a in probes.ATTACKS])
 def test_the_attack_fails_in_a_container(outcomes, attack):
     expected = ("reached",) if attack.name in ITS_OWN else ("blocked", "killed")
     assert outcomes[attack.name].startswith(expected)
+
+
+@pytest.mark.skipif(not ALL, reason="NOT CHECKED here: make test-containers does")
+@pytest.mark.skipif(os.getuid() != 0, reason="NOT CHECKED as an ordinary user: needs root's files")
+def test_the_attacks_fail_in_a_container_of_podmans(podman):
+    reached = {name for name, came in attack_all().items() if came.startswith("reached")}
+    assert reached - set(ITS_OWN) == set()
 
 
 @pytest.fixture
@@ -108,6 +118,39 @@ async def test_root_inside_has_the_capabilities_of_dpkg_and_no_new_privileges(sa
     assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
+    assert status["Seccomp_filters"] == "2"  # the engine's and ours
+
+
+@pytest.mark.anyio
+async def test_a_container_shares_no_namespace_but_of_users_and_has_no_network_device(sandbox):
+    kinds = ("cgroup", "ipc", "mnt", "net", "pid", "uts")
+    outside = [os.readlink(f"/proc/self/ns/{kind}") for kind in kinds]
+    script = (
+        f"import os; print([os.readlink('/proc/self/ns/' + k) for k in {kinds}])\n"
+        "print(os.listdir('/sys/class/net'), {g.split(':')[2] for g in open('/proc/self/cgroup')})"
+    )
+    inside, rest = (await python(sandbox, script)).splitlines()
+    assert not set(outside) & set(ast.literal_eval(inside))
+    assert rest == "['lo'] {'/\\n'}"
+
+
+@pytest.mark.anyio
+async def test_processes_are_counted_and_what_takes_them_all_ends_nothing_else(sandbox):
+    script = """
+import threading
+threading.stack_size(1 << 16)
+end, number = threading.Event(), 0
+try:
+    while number < 4000:
+        threading.Thread(target=end.wait).start()
+        number += 1
+except RuntimeError:
+    pass
+end.set()
+print(number)
+"""
+    assert 1500 < int(await python(sandbox, script)) < 2048
+    assert (await sandbox.run(["echo", "well"])).stdout == b"well\n"
 
 
 @pytest.mark.anyio
@@ -240,8 +283,8 @@ async def test_no_container_outlives_its_launcher_that_is_killed(docker):
 
 
 @pytest.mark.skipif(
-    os.environ.get("CONTAINERS") != "all",
-    reason="NOT CHECKED here, as it takes minutes: make test-containers does",
+    not ALL or os.getuid() != 0,
+    reason="NOT CHECKED here, as it takes minutes and root: make test-containers does",
 )
 def test_no_container_outlives_its_engine_that_is_killed(monkeypatch):
     """An engine of its own, which is killed and started again."""

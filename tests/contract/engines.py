@@ -1,8 +1,9 @@
 """A Docker engine of the tests' own, with images made here: no registry is asked for anything.
 
-    python tests/contract/engines.py GROUP COMMAND…    runs a command beside one, as root
+    python tests/contract/engines.py COMMAND…    runs a command beside one, as root
 
-Users of that group may use its socket; TEST_DOCKERD tells the command where it is.
+The user of `scripts/as-unprivileged-user` may use its socket, by a group, and rootless Podman.
+TEST_DOCKERD tells the command where it is.
 
 It has its own directories, socket and pidfile and no bridge, so that it disturbs no other one,
 and other tests' engines don't disturb it. Several test processes share one: the first starts
@@ -28,6 +29,8 @@ CACHE = Path("/var/tmp/metaflow-sandbox-tests")
 CACHE_SECONDS = 30 * 86400
 #: As Debian 12 has it: another minor version than most that run these tests.
 IMAGE = "debian-python:3.11"
+#: As `@docker` takes it where nothing else is asked for.
+DEFAULT = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
 START_SECONDS = 120
 
 
@@ -66,6 +69,7 @@ class Dockerd:
         self.options = options
         self.socket = directory / "docker.sock"
         self.host = f"unix://{self.socket}"
+        self.environment = {"DOCKER_HOST": self.host}
 
     def docker(self, *arguments, check=True):
         argv = ["docker", "--host", self.host, *arguments]
@@ -128,39 +132,78 @@ class Dockerd:
                 subprocess.run(["umount", "--lazy", point])
 
 
-@contextlib.contextmanager
-def podman(directory):
-    """A program that runs Podman with directories of its own; the default image is there."""
-    found = [shutil.which(name) for name in ("podman", "runc", "mmdebstrap")]
-    if os.getuid() != 0:
-        pytest.skip("NOT CHECKED: rootless Podman")
-    if None in found:
-        pytest.fail("there is no podman, runc or mmdebstrap: apt-get install -y podman runc")
-    places = [
-        f"--{name}={directory / name}" for name in ("root", "runroot", "tmpdir")
-    ]  # fmt: skip
-    program = directory / "podman"
-    # runc, since crun refuses machines that have control groups of both versions.
-    options = " ".join([*places, f"--runtime={found[1]}", "--cgroup-manager=cgroupfs"])
-    program.write_text(f'#!/bin/sh\nexec {found[0]} {options} "$@"\n')
-    program.chmod(0o755)
-    tag = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"
-    try:
-        subprocess.run([program, "import", root_file_system(), tag], check=True)
-        yield str(program)
-    finally:
-        subprocess.run([program, "system", "reset", "--force"], stdout=subprocess.DEVNULL)
+class Podman:
+    """Podman with directories of its own; the default image is there. As who runs this."""
+
+    def __init__(self, directory):
+        found = [shutil.which(name) for name in ("podman", "runc", "mmdebstrap")]
+        if None in found:
+            pytest.fail("there is no podman, runc or mmdebstrap: apt-get install -y podman runc")
+        if os.getuid() != 0 and not Path("/etc/subuid").read_text().strip():
+            pytest.skip("NOT CHECKED: rootless Podman, since /etc/subuid gives nobody other users")
+        self.program = directory / "podman"
+        self.environment = {"METAFLOW_SANDBOX_DOCKER": str(self.program)}
+        # runc, since crun refuses machines that have control groups of both versions.
+        options = [f"--runtime={found[1]}", "--cgroup-manager=cgroupfs", "--storage-driver=overlay"]
+        options += [f"--{name}={directory / name}" for name in ("root", "runroot", "tmpdir")]
+        self.program.write_text(f'#!/bin/sh\nexec {found[0]} {" ".join(options)} "$@"\n')
+        self.program.chmod(0o755)
+
+    def docker(self, *arguments, check=True):
+        done = subprocess.run([self.program, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0 or not check, (arguments, done.stdout, done.stderr)
+        return done
+
+    @classmethod
+    @contextlib.contextmanager
+    def there(cls):
+        # It takes no directory with a name of over 50 characters, as pytest's are.
+        with tempfile.TemporaryDirectory() as directory:
+            engine = cls(Path(directory))
+            try:
+                engine.docker("import", str(root_file_system()), IMAGE)
+                engine.docker("tag", IMAGE, DEFAULT)
+                yield engine
+            finally:
+                engine.docker("system", "reset", "--force", check=False)
+
+
+#: MOUNTS COMMAND…: in a mount namespace whose user 61234 has a name and other users below it.
+_WITH_A_NAME = """
+for name in passwd group subuid subgid; do
+    [ -e /etc/$name ] || touch /etc/$name
+    mount --bind "$0/$name" /etc/$name
+done
+exec "$@"
+"""
+USER = 61234  # of scripts/as-unprivileged-user
+
+
+def with_a_name(directory, command):
+    """A command, so changed that rootless Podman can serve that user."""
+    names = {
+        "passwd": f"unprivileged:x:{USER}:{USER}::/nonexistent:/bin/sh\n",
+        "group": f"unprivileged:x:{USER}:\n",
+        "subuid": f"unprivileged:{USER << 4}:65536\n",
+        "subgid": f"unprivileged:{USER << 4}:65536\n",
+    }
+    for name, line in names.items():
+        there = Path("/etc", name)
+        path = directory / name
+        path.write_text((there.read_text() if there.exists() else "") + line)
+        path.chmod(0o644)
+    return ["unshare", "--mount", "sh", "-c", _WITH_A_NAME, str(directory), *command]
 
 
 if __name__ == "__main__":
-    group, *command = sys.argv[1:]
     # A name that is short enough for sockets, below a directory that everybody gets to.
     with tempfile.TemporaryDirectory(prefix="engine.", dir="/var/tmp") as base:
         Path(base).chmod(0o755)
-        engine = Dockerd(Path(base) / "dockerd", f"--group={group}").join()
+        engine = Dockerd(Path(base) / "dockerd", f"--group={USER}").join()
         engine.directory.chmod(0o755)
         environment = {**os.environ, "TEST_DOCKERD": str(engine.directory)}
         try:
+            command = with_a_name(Path(base), sys.argv[1:])
             code = subprocess.run(command, env=environment, check=False).returncode
         finally:
             engine.leave()

@@ -4,13 +4,9 @@ The second and the third class run a sample; `make test-containers` runs all of 
 """
 
 import os
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
-import engines
 import pytest
-from metaflow import metaflow_config
 
 from metaflow_sandbox.backends.docker import Docker
 from metaflow_sandbox.testing import BackendContract
@@ -54,17 +50,7 @@ class TestDockerElsewhere(Sampled):
         return backend
 
 
-@pytest.fixture(scope="session")
-def podman():
-    # Podman takes no directory with a name of over 50 characters, as pytest's are.
-    with tempfile.TemporaryDirectory() as directory, engines.podman(Path(directory)) as program:
-        yield program
-
-
 class TestPodman(Sampled):
     @pytest.fixture
-    def backend(self, podman, monkeypatch):
-        # Both the module and the variable, for tests that start a process.
-        monkeypatch.setattr(metaflow_config, "SANDBOX_DOCKER", podman)
-        monkeypatch.setenv("METAFLOW_SANDBOX_DOCKER", podman)
+    def backend(self, podman):
         return Docker()

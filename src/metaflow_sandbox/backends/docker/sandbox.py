@@ -224,6 +224,7 @@ class DockerSandbox(BoxedSandbox):
             "--label", f"{MARK}={mark}",
             *(f"--label={name}={value}" for name, value in spec.labels.items()),
             "--network", "none", "--hostname", "sandbox", "--ipc", "private",
+            "--cgroupns", "private",  # on version 1 it would be the host's
             "--user", "0:0", "--workdir", "/",
             "--cap-drop", "ALL", *(f"--cap-add={name}" for name in _CAPABILITIES),
             "--security-opt", "no-new-privileges",
@@ -232,7 +233,6 @@ class DockerSandbox(BoxedSandbox):
         if engine.podman:
             # It would take the host's proxies along, and read the stream for keys to press.
             options += ["--http-proxy=false", "--detach-keys=", "--image-volume=ignore"]
-            options += ["--cgroupns", "private"]
             # It would raise these to its own defaults, for which not every root has the right.
             soft, hard = getrlimit(RLIMIT_NOFILE)
             options += ["--ulimit", f"nofile={soft}:{hard}"]
