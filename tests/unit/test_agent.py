@@ -18,7 +18,7 @@ import pytest
 
 from metaflow_sandbox.admission import claims, results
 from metaflow_sandbox.agent import AGENT
-from metaflow_sandbox.agent.agent import SEGMENT_BYTES, SPOOL_BYTES, encode_frame
+from metaflow_sandbox.agent.agent import SEGMENT_BYTES, SPOOL_BYTES, SUPERSEDED, encode_frame
 from metaflow_sandbox.agent.frames import FrameDecoder
 
 SECONDS = 20  # far more than anything here takes
@@ -442,8 +442,23 @@ def test_starting_again_starts_nothing_and_gives_all_frames_again(here):
     outputs.append(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
     # The session is the step's own, and there was one.
     assert outputs[-1].count(b"\n") == 2
-    # Who comes before the first has said who it is finds nothing, and asks again.
-    assert {*outputs} <= {outputs[-1], b""}
+    # Who comes before the first has said who it is finds nothing, and asks again; so does
+    # whoever another one took the place of.
+    assert all(outputs[-1].startswith(output) for output in outputs)
+
+
+def test_a_follower_ends_when_another_has_taken_its_place(here):
+    """Where a line drops the old one isn't killed, and what it prints may be kept somewhere."""
+    go = here.work / "go"
+    here.start(
+        "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)", str(go)
+    )
+    with here.follow() as old:
+        until((here.spool / "reader").exists)
+        with here.follow() as new:
+            assert old.wait(SECONDS) == SUPERSEDED
+            go.touch()
+            assert new.wait(SECONDS) == 0
 
 
 def test_a_follower_killed_anywhere_is_resumed_without_loss_or_repetition(box):
@@ -558,7 +573,7 @@ def test_a_follower_ends_when_the_step_has_killed_the_agent(here):
     here.start("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
     until(lambda: not any("start" in _words(pid) for pid in here.processes()))
     with here.follow() as follower:
-        follower.wait(1.0)
+        follower.wait(SECONDS)
 
 
 def test_a_follower_ends_when_the_agent_could_not_begin(here):
@@ -566,7 +581,7 @@ def test_a_follower_ends_when_the_agent_could_not_begin(here):
     assert not (here.attempt / "job.json").exists()
     assert subprocess.run(command, timeout=SECONDS, check=False).returncode == 0
     with here.follow() as follower:
-        follower.wait(1.0)
+        follower.wait(SECONDS)
 
 
 def _words(pid):

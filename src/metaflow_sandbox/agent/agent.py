@@ -51,6 +51,7 @@ CHUNK = 32 * 1024  # bytes of output a frame
 SEGMENT_BYTES = 1 << 20
 SPOOL_BYTES = 16 << 20
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+SUPERSEDED = 75  # the exit code of a follower whose place another took: ask again
 KILL_SECONDS = 5.0  # how long leftovers are hunted before the agent reports
 
 
@@ -137,12 +138,23 @@ def alive(directory: str) -> bool:
         return False
 
 
-def follow(directory: str, seq: int) -> None:
-    """Copies frames with a number above `seq` to stdout, until the spool has ended."""
+def follow(directory: str, seq: int) -> bool:
+    """Copies frames with a number above `seq` to stdout, until the spool has ended.
+
+    Returns:
+        False if another follower began meanwhile, as the line of this one dropped: a provider
+        that keeps what commands print would keep all of it again for each.
+    """
+    me, reader = str(os.getpid()), os.path.join(directory, "reader")
+    with open(reader, "w") as f:
+        f.write(me)
     out = PipeSink(1)
     position = 0  # in the current segment
     current = ""
     while True:
+        with contextlib.suppress(OSError), open(reader) as f:
+            if f.read() != me:
+                return False
         ended = os.path.exists(os.path.join(directory, "end")) or not alive(directory)
         progressed = False
         for name in sorted(n for n in os.listdir(directory) if n.isdigit()):
@@ -163,7 +175,7 @@ def follow(directory: str, seq: int) -> None:
                 if int(line.split(b" ", 2)[1], 16) > seq:
                     out.write(0, line)
         if ended and not progressed:
-            return
+            return True
         if not progressed:
             time.sleep(0.02)
 
@@ -438,7 +450,7 @@ def detach(pid_file: str) -> bool:
     return True
 
 
-def start(attempt: str, code: str, work: str, spool: str) -> None:
+def start(attempt: str, code: str, work: str, spool: str) -> bool:
     """Runs an attempt in the background, if nobody began it before, and follows it."""
     os.makedirs(work, exist_ok=True)
     try:
@@ -449,9 +461,9 @@ def start(attempt: str, code: str, work: str, spool: str) -> None:
         begun = detach(os.path.join(spool, "pid"))
     if begun:
         run(attempt, code, work, SpoolSink(spool))
-    else:
-        os.closerange(3, 256)  # the lock that orders calls
-        follow(spool, 0)
+        return True
+    os.closerange(3, 256)  # the lock that orders calls
+    return follow(spool, 0)
 
 
 def main(argv: list[str]) -> None:
@@ -460,9 +472,9 @@ def main(argv: list[str]) -> None:
     if argv[0] == "run":
         run(argv[1], argv[2], argv[3], PipeSink(os.dup(1)))
     elif argv[0] == "start":
-        start(argv[1], argv[2], argv[3], argv[4])
+        sys.exit(0 if start(argv[1], argv[2], argv[3], argv[4]) else SUPERSEDED)
     elif argv[0] == "follow":
-        follow(argv[1], int(argv[2]))
+        sys.exit(0 if follow(argv[1], int(argv[2])) else SUPERSEDED)
     else:
         raise SystemExit(__doc__)
 
