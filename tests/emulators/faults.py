@@ -59,6 +59,12 @@ class Front:
             await asyncio.sleep(self.latency)
         return await _Exchange(self, scope, receive, send, entry).run(self._fault(entry))
 
+    def abort(self, client):
+        """Resets a client's connection."""
+        for connection in list(self.connections()):
+            if connection.client == tuple(client):
+                connection.transport.abort()
+
     def _enter(self, scope):
         headers = {k.decode(): v.decode("latin-1") for k, v in scope["headers"]}
         entry = {
@@ -158,9 +164,7 @@ class _Exchange:
 
     def reset(self):
         """Ends the connection without a word."""
-        for connection in list(self.front.connections()):
-            if connection.client == tuple(self.scope["client"]):
-                connection.transport.abort()
+        self.front.abort(self.scope["client"])
         raise ConnectionResetError("a fault that was asked for")
 
 

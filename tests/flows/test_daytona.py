@@ -1,5 +1,6 @@
 """Flows in Daytona's sandboxes: the real SDK against a server on loopback."""
 
+import hashlib
 import json
 import os
 import re
@@ -287,6 +288,48 @@ def test_no_line_is_lost_or_shown_twice_when_logs_drop(user, cloud):
     user.run("flow.py", "run").ok()
     lines = user.client('answer = Flow("Small").latest_run["start"].task.stdout.splitlines()')
     assert lines == [f"line {i} {'x' * 200}" for i in range(40)]
+
+
+MUCH = """import sys
+            for i in range(%d):
+                sys.stdout.write("%%08d " %% i + "x" * 990 + "\\n")
+            self.x = 1"""
+
+
+def prints_much(user, cloud, megabytes, settings):
+    """A step prints over a line that drops anywhere, again and again, and nobody hurries to read."""
+    cloud.set(**settings)
+    small(user, body=MUCH % (megabytes * 1000))
+    user.seconds = 1200
+    process = user.start("flow.py", "run", env={"METAFLOW_SANDBOX_MAX_OUTPUT": "200"})
+    output = b""
+    while piece := process.stdout.read1(1 << 20):
+        output = output[-10_000:] + piece
+        time.sleep(0.02)
+    assert process.wait() == 0, output.decode(errors="replace")
+    digest, size = user.client(
+        """
+        import hashlib
+        out = Flow("Small").latest_run["start"].task.stdout.encode()
+        answer = [hashlib.sha256(out).hexdigest(), len(out)]
+        """
+    )
+    expected = hashlib.sha256()
+    for i in range(megabytes * 1000):
+        expected.update(b"%08d " % i + b"x" * 990 + b"\n")
+    assert (size, digest) == (megabytes * 1_000_000, expected.hexdigest())
+    followed = [e for e in cloud.journal() if e["method"] == "WS"]
+    print(f"{len(followed)} connections for {megabytes} MB")
+    assert len(followed) > megabytes / 3
+
+
+def test_no_line_of_much_output_is_lost_though_its_line_drops_anywhere(user, cloud):
+    prints_much(user, cloud, 6, {"drop_between": [60_000, 1_500_000]})
+
+
+@pytest.mark.large
+def test_no_line_of_a_hundred_megabytes_is_lost_over_a_slow_line_that_drops(user, cloud):
+    prints_much(user, cloud, 100, {"drop_between": [60_000, 6_000_000], "log_rate": 4e6})
 
 
 # --- what a user can do wrong

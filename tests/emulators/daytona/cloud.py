@@ -45,6 +45,8 @@ class Settings:
     create_rate: int = 0  # creations in each window; 0: no limit
     rate_window: float = 1.0  # seconds of ours
     log_close_delay: float = 1.0  # seconds after a command's end until its log is closed
+    log_rate: float = 0.0  # bytes a second of each log's follower; 0: as fast as it goes
+    drop_between: tuple = ()  # every follower is dropped after so many bytes, at random
     page: int = 100
     open_renews: bool = True  # whether a request of the toolbox that is open counts as activity
 

@@ -49,6 +49,7 @@ class Server:
         )
         self.front = Front(self._guarded(app))
         self.toolbox.note = self._note
+        self.toolbox.abort = self.front.abort
         self.app = socketio.ASGIApp(self.api.events, self.front, socketio_path="/api/socket.io")
 
     def _guarded(self, app):
@@ -152,6 +153,7 @@ class Server:
         config = uvicorn.Config(
             self.app, "127.0.0.1", 0, log_level="warning", ws="websockets-sansio",
             ws_max_size=1 << 20, timeout_graceful_shutdown=1, lifespan="off",
+            ws_ping_interval=None,  # the daemon sends none; a reader may be as slow as it likes
         )  # fmt: skip
         server = uvicorn.Server(config)
         serving = asyncio.ensure_future(server.serve())

@@ -10,6 +10,8 @@ import contextlib
 import errno
 import json
 import os
+import random
+import time
 import uuid
 from dataclasses import dataclass, field
 
@@ -22,6 +24,7 @@ from .cloud import Refused, iso
 OUT, ERR = b"\x01\x01\x01", b"\x02\x02\x02"
 _PLACE = "/run/daytona"
 _MESSAGE = 1024
+_CODES = (1000, 1001, 1011, 1012, None)
 _POLL = 0.02
 _WORDS = {
     errno.ENOENT: ("no such file or directory", 404, "FILE_NOT_FOUND"),
@@ -196,12 +199,14 @@ class Toolbox:
     Attributes:
         drops: what becomes of the next log followers: [(bytes that are sent, close code)].
         note: called with what a follower asks for, since those are no HTTP requests.
+        abort: resets a client's connection, without a word.
     """
 
     def __init__(self, cloud, wire):
         self.cloud, self.wire = cloud, wire
         self.drops = []
         self.note = lambda path, headers: None
+        self.abort = lambda client: None
 
     def _box(self, identity):
         """The sandbox behind a request, in the words of the proxy before it."""
@@ -321,14 +326,17 @@ class Toolbox:
             with self._using(names["box"]) as box:
                 command = self._command(box, names["session"], names["command"])
                 await socket.accept()
-                drop, code = self.drops.pop(0) if self.drops else (None, None)
+                drop, code = self._next_drop()
                 reader = asyncio.ensure_future(self._until_gone(socket))
                 try:
                     sent = await self._send(socket, box, command, drop, reader)
                 finally:
                     reader.cancel()
                 if drop is not None and sent >= drop:
-                    await socket.close(code)
+                    if code is None:
+                        self.abort(socket.client)
+                    else:
+                        await socket.close(code)
                 elif box.machine is None:
                     await socket.close(1011)  # the sandbox went away
                 else:
@@ -338,6 +346,14 @@ class Toolbox:
         except (WebSocketDisconnect, RuntimeError):
             pass  # it went away, in one of several ways
 
+    def _next_drop(self):
+        """(bytes, code) after and with which a follower is dropped; no code: by a reset."""
+        if self.drops:
+            return self.drops.pop(0)
+        if self.cloud.settings.drop_between:
+            return random.randint(*self.cloud.settings.drop_between), random.choice(_CODES)
+        return None, None
+
     @staticmethod
     async def _until_gone(socket):
         while True:
@@ -346,7 +362,7 @@ class Toolbox:
 
     async def _send(self, socket, box, command, drop, reader):
         """Returns how many bytes were sent."""
-        sent, empty = 0, 0
+        sent, empty, began = 0, 0, time.monotonic()
         rounds = max(1, round(self.cloud.settings.log_close_delay / _POLL))
         with open(command.log, "rb") as file:
             while not reader.done() and box.machine is not None:
@@ -355,6 +371,8 @@ class Toolbox:
                     empty = 0
                     await socket.send_bytes(data)
                     sent += len(data)
+                    if rate := self.cloud.settings.log_rate:
+                        await asyncio.sleep(began + sent / rate - time.monotonic())
                     if drop is not None and sent >= drop:
                         break
                     continue

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 RUNNER = Path(__file__).with_name("runner.py")
 # The runner says something every 10 s: silence means that the line is dead.
 _QUIET_SECONDS = 60.0
-# The daemon replays a log from its first byte, so a very long one is not asked for again.
-_REPLAY_BYTES = 64 << 20
+# The daemon replays a log from its first byte: on a slow line a long one would never get to where
+# it dropped. Whoever can goes on by a command that begins there, as the agent's spool does.
+_REPLAY_BYTES = 1 << 20
 _RECONNECTS = 5
 _TIMEOUT_MARGIN = 15.0
 _TRANSFER_SECONDS = 3600.0
@@ -210,7 +211,12 @@ class DaytonaSandbox(Sandbox):
             await self._box.process.delete_session(session)
 
     async def _read_log(self, session: str, command: str, output: Output) -> End:
-        """Follows a command's log to its end, again where the connection drops."""
+        """Follows a command's log to its end, again where the connection drops, while it is short.
+
+        Raises:
+            ConnectionLost: it dropped, and is long, or dropped again and again.
+            SandboxGone: its sandbox ended.
+        """
         problem: Exception | None = None
         attempt = 0
         while attempt < _RECONNECTS:
