@@ -12,6 +12,7 @@ import anyio
 import metaflow  # noqa: F401 - before what extends it
 import pytest
 from metaflow.metaflow_environment import MetaflowEnvironment
+from tests.emulators.proxy import Proxy
 
 from metaflow_extensions.sandbox.plugins.decorators import DaytonaDecorator
 from metaflow_sandbox.backends import daytona as backends
@@ -111,6 +112,13 @@ def cloud(project, daytona):
 def user(project, cloud):
     yield project
     assert cloud.wait_until_none_lives()
+
+
+@pytest.fixture
+def backend(cloud, monkeypatch):
+    for variable, value in cloud.environment.items():
+        monkeypatch.setenv(variable, value)
+    return backends.Daytona()
 
 
 def test_a_flow_runs_from_end_to_end_and_only_what_is_named_goes_in(user, cloud, tmp_path):
@@ -297,7 +305,7 @@ MUCH = """import sys
 
 
 def prints_much(user, cloud, megabytes, settings):
-    """A step prints over a line that drops anywhere, again and again, and nobody hurries to read."""
+    """A step prints over a line that drops anywhere, again and again, to a slow reader."""
     cloud.set(**settings)
     small(user, body=MUCH % (megabytes * 1000))
     user.seconds = 1200
@@ -355,6 +363,7 @@ BAD = {
         {"network": ["example.com", "93.184.216.34"]}, {}, {}, "not to both",
     ),
     "a key that may not": ({"memory": 2048}, {"may": []}, {}, "permission"),
+    "another server": ({}, {}, {"DAYTONA_API_URL": "{base}"}, "with its /api"),
 }  # fmt: skip
 
 
@@ -364,7 +373,7 @@ def test_what_is_wrong_is_said_at_the_launch_with_what_to_do(cloud, monkeypatch,
     cloud.set(**settings)
     monkeypatch.setattr(backends, "_TIERS", {})
     for variable, value in {**cloud.environment, **environment}.items():
-        monkeypatch.setenv(variable, value)
+        monkeypatch.setenv(variable, value.replace("{base}", cloud.base))
     deco = DaytonaDecorator(attributes=asked, statically_defined=True)
     deco.init()
     request = Request.from_decorator(deco, [deco])
@@ -390,19 +399,67 @@ def test_what_is_wrong_is_said_before_any_step_runs(user):
 
 
 @pytest.mark.anyio
-async def test_a_quota_that_is_used_up_is_told_from_a_bad_request(cloud, monkeypatch):
+async def test_a_quota_that_is_used_up_is_told_from_a_bad_request(cloud, backend):
     """So that the first is waited for, and the second is not tried again."""
-    for variable, value in cloud.environment.items():
-        monkeypatch.setenv(variable, value)
     cloud.set(total_cpu=0)
     with pytest.raises(SandboxError, match="quota at Daytona is used up: .*Total CPU") as quota:
-        await backends.Daytona().create(SandboxSpec())
+        await backend.create(SandboxSpec())
     assert (quota.value.code, quota.value.retryable) == ("no_place", True)
     cloud.reset()
     cloud.fault("POST /api/sandbox", status=400, body={"message": "labels must be an object"})
     with pytest.raises(SandboxError, match="labels must be an object") as bad:
-        await backends.Daytona().create(SandboxSpec())
+        await backend.create(SandboxSpec())
     assert bad.value.retryable is False
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_that_does_not_start_is_removed_and_may_be_tried_again(cloud, backend):
+    cloud.set(fails_to_start=1)
+    with pytest.raises(SandboxError, match="could not start .*the runner has no place") as failed:
+        await backend.create(SandboxSpec())
+    assert (failed.value.code, failed.value.retryable) == ("start_failed", True)
+    assert cloud.wait_until_none_lives()
+
+
+@pytest.mark.anyio
+async def test_a_creation_can_be_cancelled_while_a_rate_limit_is_waited_out(cloud, backend):
+    cloud.fault("POST /api/sandbox$", status=429, headers={"Retry-After-sandbox-create": "100"})
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(backend.create, SandboxSpec())
+            while not any(e["status"] == 429 for e in cloud.journal()):
+                await anyio.sleep(0.05)
+            tasks.cancel_scope.cancel()
+    assert not cloud.living()
+
+
+@pytest.mark.anyio
+async def test_what_is_made_while_its_creation_is_cancelled_is_removed(cloud, backend):
+    cloud.fault("POST /api/sandbox$", delay=1.0)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(backend.create, SandboxSpec())
+        while not any(e["path"] == "/api/sandbox" for e in cloud.journal()):
+            await anyio.sleep(0.02)
+        tasks.cancel_scope.cancel()
+    assert len(cloud.state()["requests"]) == 1  # it was made all the same
+    assert cloud.wait_until_none_lives()
+
+
+@pytest.mark.anyio
+async def test_everything_goes_by_the_proxy_that_is_set(cloud, backend, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY", "ws_proxy"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("DAYTONA_API_URL", f"http://daytona.invalid:{cloud.port}/api")
+    cloud.set(toolbox_host="daytona.invalid")
+    with Proxy(cloud.port) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        sandbox = await backend.create(SandboxSpec())
+        try:
+            with anyio.fail_after(60):
+                assert (await sandbox.run(["echo", "through"])).stdout == b"through\n"
+        finally:
+            await sandbox.destroy()
+        assert proxy.upgrades
 
 
 def test_a_tier_that_is_found_out_late_leaves_nothing(user, cloud):

@@ -84,7 +84,9 @@ class Api:
             "createdAt": iso(box.created), "updatedAt": iso(self.cloud.now()),
             "lastActivityAt": iso(box.active), "sandboxClass": "container",
             "daemonVersion": "0.190.0", "runnerId": "runner-1",
-            "toolboxProxyUrl": f"{self.base}/toolbox",
+            "toolboxProxyUrl": self.base.replace(
+                "127.0.0.1", self.cloud.settings.toolbox_host
+            ) + "/toolbox",
         }  # fmt: skip
         for name in ("networkAllowList", "domainAllowList"):
             if asked.get(name):

@@ -33,6 +33,7 @@ class Settings:
     speed: float = 1.0  # seconds of the cloud's in one of ours
     events: bool = True
     start_delay: float = 0.05  # seconds until a sandbox has started
+    fails_to_start: int = 0  # how many of the next sandboxes do
     build_delay: float = 0.05
     key: str = "dtn_emulated_key_0123456789abcdef"
     may: tuple = ("write:sandboxes", "write:snapshots")
@@ -48,6 +49,7 @@ class Settings:
     log_rate: float = 0.0  # bytes a second of each log's follower; 0: as fast as it goes
     drop_between: tuple = ()  # every follower is dropped after so many bytes, at random
     page: int = 100
+    toolbox_host: str = "127.0.0.1"  # as sandboxes say it
     open_renews: bool = True  # whether a request of the toolbox that is open counts as activity
 
 
@@ -181,6 +183,11 @@ class Cloud:
                 asyncio.sleep(self.settings.start_delay),
                 asyncio.to_thread(copy_root, source, box.root),
             )
+            if self.settings.fails_to_start > 0:
+                self.settings.fails_to_start -= 1
+                box.error = "the runner has no place"
+                self.move(box, "error")
+                return
             await self._boot(box)
         except Exception as e:
             box.error = str(e)

@@ -36,14 +36,14 @@ from ..base import (
     unsaid,
 )
 from . import client, faults, network, snapshots
-from .sandbox import DaytonaSandbox
+from .sandbox import DaytonaSandbox, why_gone
 from .snapshots import Size
 
 if TYPE_CHECKING:
     from daytona import AsyncDaytona, AsyncSandbox
 
+_CREATE_SECONDS = 60.0  # some servers answer when it has started, or after 30 s
 _START_SECONDS = 300.0
-_QUEUE_SECONDS = 60.0
 _ENDING = ("destroyed", "destroying")
 _SDK_LABEL = "code-toolbox-language"
 
@@ -312,10 +312,9 @@ class Daytona(Backend):
             **network.settings(spec.network),
         )
         made: Any = None
+        ask = functools.partial(sdk._sandbox_api.create_sandbox, request)
         try:
-            with anyio.CancelScope(shield=True):
-                ask = functools.partial(sdk._sandbox_api.create_sandbox, request)
-                made = await client.call("create", ask)
+            made = await client.call("create", ask, seconds=_CREATE_SECONDS, whole=True)
             self._hold(made, spec)
             await anyio.lowlevel.checkpoint_if_cancelled()
             return await self._started(sdk, made.id)
@@ -359,13 +358,28 @@ class Daytona(Backend):
                         await box.refresh_data(request_timeout=10)
                     pause = min(pause * 1.3, 1.0)
 
-        with plain_errors():
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(look)
-                wait = functools.partial(box.wait_for_sandbox_start, timeout=0)
-                await client.call("create", wait, seconds=_START_SECONDS)
-                tasks.cancel_scope.cancel()
-        return box
+        problem: str | None
+        try:
+            with plain_errors():
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(look)
+                    wait = functools.partial(box.wait_for_sandbox_start, timeout=0)
+                    await client.call("create", wait, seconds=_START_SECONDS)
+                    tasks.cancel_scope.cancel()
+        except TimeoutError:
+            problem = f"it did not start within {_START_SECONDS:.0f} s"
+        except Exception as e:
+            if (problem := why_gone(box)) is None:
+                raise faults.explain(e, "create", client.url()) from e
+        else:
+            return box
+        raise SandboxError(
+            f"Daytona could not start the sandbox {sandbox_id} ({problem}). Try again; if it "
+            "persists, see https://status.daytona.io.",
+            code="start_failed",
+            op="create",
+            retryable=True,
+        )
 
     async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
         from daytona import ListSandboxesQuery

@@ -10,6 +10,7 @@ import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
+from urllib.request import getproxies
 
 import anyio
 
@@ -48,6 +49,18 @@ def _sdk() -> type[AsyncDaytona]:
     return AsyncDaytona
 
 
+def _let_websockets_through() -> None:
+    """Has websockets take the proxy that everything else takes.
+
+    The SDK's HTTP client (aiohttp) looks for theirs in WS_PROXY and WSS_PROXY alone, which nobody
+    sets: behind a proxy, sandboxes would be made and no output ever come.
+    """
+    proxies = getproxies()
+    for ours, theirs in (("ws", "http"), ("wss", "https")):
+        if ours not in proxies and theirs in proxies:
+            os.environ[f"{ours}_proxy"] = proxies[theirs]
+
+
 class _Shared:
     """A client and how many use it."""
 
@@ -83,6 +96,7 @@ class Clients:
         if shared := self._shared.get(loop):
             shared.users += 1
             return shared.client
+        _let_websockets_through()
         try:
             client = made()
         except Exception as e:
@@ -125,6 +139,8 @@ async def call(
     *,
     seconds: float = CALL_SECONDS,
     again: bool = False,
+    whole: bool = False,
+    patience: float = PATIENCE_SECONDS,
 ) -> T:
     """One call of the SDK, which has no deadlines that hold and repeats nothing.
 
@@ -132,17 +148,19 @@ async def call(
         make: starts it, each time anew.
         seconds: for one try.
         again: whether it may be sent twice, where it can't be known if it arrived.
+        whole: whether a try that has begun goes on to its answer when this is cancelled.
+        patience: seconds for which a rate limit is waited out.
 
     Raises:
         TimeoutError: there was no answer in time.
         Exception: what the SDK raises.
     """
-    patience = time.monotonic() + PATIENCE_SECONDS
+    over = time.monotonic() + patience
     tries = 0
     while True:
         tries += 1
         try:
-            with anyio.fail_after(seconds):
+            with anyio.fail_after(seconds, shield=whole):
                 return await make()
         except TimeoutError:
             if not again or tries >= _TRIES:
@@ -153,7 +171,7 @@ async def call(
             if faults.status_of(e) == 429:
                 tries -= 1
                 wait = faults.wait_of(e)
-                if time.monotonic() + wait > patience:
+                if time.monotonic() + wait > over:
                     raise
                 await anyio.sleep(wait)
             elif again and tries < _TRIES and faults.is_transient(e):

@@ -141,6 +141,15 @@ def explain(error: BaseException, op: str, url: str, *, nothing_ran: bool = True
     retry = True if nothing_ran else None
     if isinstance(error, SandboxError):
         return error
+    # Whoever is asked for the first time may be a dashboard, or another server.
+    if op == "preflight" and (status == 404 or is_local(error)):
+        return BackendUnavailable(
+            f"there is no API of Daytona's at {url}. If it is your own, name it by DAYTONA_API_URL "
+            "with its /api: http://localhost:3000/api, say.",
+            code="no_api",
+            op=op,
+            retryable=False,
+        )
     if status is None:
         if is_local(error) or "credentials" in said.lower():
             return BackendUnavailable(f"Daytona's SDK refuses: {said}", op=op, retryable=False)

@@ -43,7 +43,9 @@ _TIMEOUT_MARGIN = 15.0
 _TRANSFER_SECONDS = 3600.0
 _SMALL = 1 << 20
 _LINE = 1 << 20
-_GONE_STATES = ("destroyed", "destroying", "stopped", "stopping", "archived", "error")
+_GONE_STATES = (
+    "destroyed", "destroying", "stopped", "stopping", "archived", "error", "build_failed",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,6 +123,16 @@ class Output:
                 self.end = End(None)
         except (ValueError, KeyError, TypeError):
             return  # the runner's are whole; a step can write into the session's shell's output
+
+
+def why_gone(box: AsyncSandbox) -> str | None:
+    """What became of a sandbox that can't be used any more; None: nothing has."""
+    state = getattr(box.state, "value", "")
+    if state not in _GONE_STATES:
+        return None
+    if evicted := box.spot_evicted_at:
+        return f"evicted at {evicted}"
+    return f"{state}: {box.error_reason}" if box.error_reason else str(state)
 
 
 class DaytonaSandbox(Sandbox):
@@ -298,23 +310,16 @@ class DaytonaSandbox(Sandbox):
         """
         if self._destroyed:
             raise faults.gone(self.id)
-        with anyio.CancelScope(shield=True):
-            try:
-                await client.call("check", self._box.refresh_data, seconds=15, again=True)
-            except TimeoutError:
-                return
-            except Exception as e:
-                if faults.is_gone(e):
-                    raise faults.gone(self.id) from problem
-                return
-        state = getattr(self._box.state, "value", None)
-        if state in _GONE_STATES:
-            why = state
-            if evicted := self._box.spot_evicted_at:
-                why = f"evicted at {evicted}"
-            elif self._box.error_reason:
-                why = f"{state}: {self._box.error_reason}"
-            raise faults.gone(self.id, str(why)) from problem
+        try:
+            await client.call("check", self._box.refresh_data, seconds=15, again=True, patience=60)
+        except TimeoutError:
+            return
+        except Exception as e:
+            if faults.is_gone(e):
+                raise faults.gone(self.id) from problem
+            return
+        if why := why_gone(self._box):
+            raise faults.gone(self.id, why) from problem
 
     async def _toolbox(
         self, op: str, make: Any, *, again: bool = False, seconds: float = client.CALL_SECONDS
