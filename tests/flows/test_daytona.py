@@ -398,6 +398,51 @@ def test_what_is_wrong_is_said_before_any_step_runs(user):
     assert "start has run" not in done.output
 
 
+#: What only the creation finds out, as the key may not look before: settings, variables, the
+#: network, and what is said.
+LATE = {
+    "no such region": (
+        {},
+        {"DAYTONA_TARGET": "moon"},
+        None,
+        "region_unavailable",
+        "DAYTONA_TARGET",
+    ),
+    "a suspended organisation": ({"suspended": True}, {}, None, "suspended", "has suspended"),
+    "a key that may not": ({"may": []}, {}, None, "forbidden", "Give it the permission"),
+    "a tier without it": ({"restricted": True}, {}, False, "not_enforceable", "Leave it out"),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", LATE)
+async def test_what_the_launch_may_not_see_is_said_by_the_creation(
+    cloud, backend, monkeypatch, name
+):
+    settings, environment, network, code, said = LATE[name]
+    monkeypatch.setattr(backends, "_TIERS", {})
+    cloud.set(sees_organization=False, **settings)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(SandboxError, match=said) as refused:
+        await backend.create(SandboxSpec(network=network))
+    assert (refused.value.code, refused.value.retryable) == (code, False)
+    assert cloud.wait_until_none_lives()
+
+
+@pytest.mark.anyio
+async def test_a_snapshot_without_python_is_told_from_a_step_that_fails(cloud, backend):
+    cloud.call("POST", "snapshots", {"name": "bare", "imageName": "no-python:1"})
+    await backend.prepare(Recipe(options={"snapshot": "bare"}))
+    sandbox = await backend.create(SandboxSpec(options={"snapshot": "bare"}))
+    try:
+        with pytest.raises(SandboxError, match="has no python3, .*: give an image") as refused:
+            await sandbox.run(["python3", "-c", ""])
+        assert (refused.value.code, refused.value.retryable) == ("no_python", False)
+    finally:
+        await sandbox.destroy()
+
+
 @pytest.mark.anyio
 async def test_a_quota_that_is_used_up_is_told_from_a_bad_request(cloud, backend):
     """So that the first is waited for, and the second is not tried again."""

@@ -112,10 +112,11 @@ class Daytona(Backend):
 
     async def preflight(self) -> Preflight:
         """Asks for what sandboxes there are, and what the organisation may have."""
+        from daytona_api_client_async import SandboxApi
+
         async with self.clients.one() as sdk:
-            await self._ask(
-                "preflight", functools.partial(sdk._sandbox_api.list_sandboxes, limit=1)
-            )
+            ask = functools.partial(SandboxApi(client.api(sdk)).list_sandboxes, limit=1)
+            await self._ask("preflight", ask)
             notes = await self._organisation(sdk)
             await self._region(sdk)
         return Preflight(f"Daytona at {client.url()} (SDK {version('daytona')})", notes)
@@ -125,8 +126,8 @@ class Daytona(Backend):
         from daytona_api_client_async import ApiKeysApi, OrganizationsApi
 
         try:
-            key = await client.call("preflight", ApiKeysApi(sdk._api_client).get_current_api_key)
-            ask = OrganizationsApi(sdk._api_client).get_organization
+            key = await client.call("preflight", ApiKeysApi(client.api(sdk)).get_current_api_key)
+            ask = OrganizationsApi(client.api(sdk)).get_organization
             get = functools.partial(ask, key.organization_id or "")
             found = await client.call("preflight", get)
         except Exception:
@@ -160,7 +161,7 @@ class Daytona(Backend):
         from daytona_api_client_async import OrganizationsApi
 
         try:
-            ask = OrganizationsApi(sdk._api_client).list_available_regions
+            ask = OrganizationsApi(client.api(sdk)).list_available_regions
             regions = await client.call("preflight", ask)
         except Exception:
             return
@@ -299,7 +300,7 @@ class Daytona(Backend):
         `AsyncDaytona.create` tells its id only when it has started. If that is cancelled, the
         sandbox would live on, so that the request is made here, and is waited for.
         """
-        from daytona_api_client_async import CreateSandbox
+        from daytona_api_client_async import CreateSandbox, SandboxApi
 
         request = CreateSandbox(
             name=name,
@@ -312,7 +313,7 @@ class Daytona(Backend):
             **network.settings(spec.network),
         )
         made: Any = None
-        ask = functools.partial(sdk._sandbox_api.create_sandbox, request)
+        ask = functools.partial(SandboxApi(client.api(sdk)).create_sandbox, request)
         try:
             made = await client.call("create", ask, seconds=_CREATE_SECONDS, whole=True)
             self._hold(made, spec)
@@ -352,8 +353,7 @@ class Daytona(Backend):
             pause = 0.15
             while True:
                 await anyio.sleep(pause)
-                events = sdk._event_dispatcher
-                if events is None or not events.is_connected:
+                if not client.hears_events(sdk):
                     with contextlib.suppress(Exception):
                         await box.refresh_data(request_timeout=10)
                     pause = min(pause * 1.3, 1.0)
@@ -402,7 +402,9 @@ class Daytona(Backend):
 
     async def _destroy(self, sdk: AsyncDaytona, sandbox_id: str) -> None:
         """Asks for the end of a sandbox, which Daytona then brings about by itself."""
-        remove = functools.partial(sdk._sandbox_api.delete_sandbox, sandbox_id)
+        from daytona_api_client_async import SandboxApi
+
+        remove = functools.partial(SandboxApi(client.api(sdk)).delete_sandbox, sandbox_id)
         patience = time.monotonic() + client.CALL_SECONDS
         pause = 0.1
         while True:

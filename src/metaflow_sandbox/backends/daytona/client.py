@@ -19,6 +19,7 @@ from . import faults
 
 if TYPE_CHECKING:
     from daytona import AsyncDaytona
+    from daytona_api_client_async import ApiClient
 
 T = TypeVar("T")
 
@@ -59,6 +60,20 @@ def _let_websockets_through() -> None:
     for ours, theirs in (("ws", "http"), ("wss", "https")):
         if ours not in proxies and theirs in proxies:
             os.environ[f"{ours}_proxy"] = proxies[theirs]
+
+
+# --- what isn't public of the SDK is used here alone (docs/daytona.md says what for)
+
+
+def api(sdk: AsyncDaytona) -> ApiClient:
+    """For the generated classes, one for each part of the API, which are public."""
+    return sdk._api_client
+
+
+def hears_events(sdk: AsyncDaytona) -> bool:
+    """Whether the server tells of changes, so that nobody need look."""
+    events = sdk._event_dispatcher
+    return events is not None and events.is_connected
 
 
 class _Shared:

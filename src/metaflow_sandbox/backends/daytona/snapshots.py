@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 import shlex
+import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -269,13 +270,19 @@ async def _log_of(sdk: AsyncDaytona, name: str) -> list[str]:
     """The end of a build's log: the SDK shows none of one that failed within a second."""
     from daytona_api_client_async import SnapshotsApi
 
-    api = SnapshotsApi(sdk._api_client)
+    asked = SnapshotsApi(client.api(sdk))
+    headers = client.api(sdk).default_headers
+
+    def fetch(url: str) -> bytes:
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the API's own
+        with urllib.request.urlopen(request, timeout=client.CALL_SECONDS) as answer:  # noqa: S310
+            return bytes(answer.read())
+
     with contextlib.suppress(Exception), anyio.fail_after(client.CALL_SECONDS):
-        snapshot = await api.get_snapshot(name)
-        where = await api.get_snapshot_build_logs_url(snapshot.id)
-        session = sdk._shared_session.require_session()
-        async with session.get(where.url, headers=sdk._api_client.default_headers) as answer:
-            return _lines(await answer.text())[-_LOG_KEPT:]
+        snapshot = await asked.get_snapshot(name)
+        where = await asked.get_snapshot_build_logs_url(snapshot.id)
+        text = await anyio.to_thread.run_sync(fetch, where.url, abandon_on_cancel=True)
+        return _lines(text.decode(errors="replace"))[-_LOG_KEPT:]
     return []
 
 
