@@ -207,11 +207,14 @@ def test_a_small_step_takes_at_most_seven_round_trips_one_after_the_other(user, 
     print("round trips:", found)
     assert found[-1].startswith("DELETE")
     critical = found[:-1]  # the step's end is told before its sandbox is destroyed
+    looked = {f"/api/sandbox/{identity}" for identity in cloud.state()["sandboxes"]}
     if not events:
-        # Whoever is not told looks: more than once while it starts.
-        looked = [f for f in critical if f.startswith("GET")]
-        assert len(looked) <= 6
-        critical = [f for f in critical if not f.startswith("GET")] + looked[:1]
+        # Whoever is not told looks: again and again while it starts, often, but not too often.
+        looks = [
+            e["began"] for e in cloud.journal() if e["method"] == "GET" and e["path"] in looked
+        ]
+        assert len(looks) <= 2 + 8 * (looks[-1] - looks[0])
+        critical = [f for f in critical if not f.startswith("GET")] + ["GET, until it has started"]
     assert len(critical) <= 7
 
 
