@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak e2b-full large docs clean
+.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -77,7 +77,7 @@ faults: $(VENV)/dev
 deps: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 -m 'not integration' tests/dependencies
 
-# What takes minutes: a gigabyte up and down, a foreach of 100 under a rate limit.
+# What takes minutes: a gigabyte up and down, a foreach of 100 under an account's limits.
 large: $(VENV)/dev
 	$(BIN)/python -m pytest -q -s tests -m large
 
@@ -88,10 +88,6 @@ soak: $(VENV)/dev
 # Real microVMs of boxlite, in QEMU's emulation: as root on Debian, about 12 minutes.
 test-vm: $(VENV)/dev
 	$(BIN)/python tests/vm
-
-# On the emulated E2B: 1 GB there and back, and a foreach of 100 under a limit of 20.
-e2b-full: $(VENV)/dev
-	E2B_FULL=1 $(BIN)/python -m pytest -q -s tests/contract/test_e2b.py tests/flows/test_e2b.py -k "any_size or keeps_to"
 
 # Every Python and both ends of Metaflow's range; `make test-matrix CASES=…` for a part.
 test-matrix:

@@ -318,7 +318,7 @@ def test_bad_input_is_refused_at_launch_with_its_remedy(project, e2b, parameters
 
 
 @pytest.mark.parametrize(
-    ("tasks", "at_once"), [(100, 20) if os.environ.get("E2B_FULL") == "1" else (8, 3)]
+    ("tasks", "at_once"), [(8, 3), pytest.param(100, 20, marks=pytest.mark.large)]
 )
 def test_a_foreach_keeps_to_the_accounts_limits(project, e2b, tasks, at_once):
     """A foreach over an account's limits, with 50 ms of latency; nothing is refused."""
