@@ -205,10 +205,7 @@ def e2b(e2b_service, project):
     e2b_service.reset()
     project.environment |= e2b_service.environment
     yield e2b_service
-    deadline = time.monotonic() + 10
-    while (left := e2b_service.cloud()["sandboxes"]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == {}
+    assert e2b_service.wait_until_none_lives()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ An ASGI application around the emulator's own, with the test's own requests belo
     GET     /_test/faults      those that there are
     POST    /_test/faults      adds a fault, below
     DELETE  /_test/faults      takes all faults away
+    DELETE  /_test/connections resets every connection that there is but this one
 
 A fault is an object. `match` is a regular expression for "METHOD /path"; `times` is how many
 such requests meet it (1; -1 for all), after `skip` that don't (0). One of these says what
@@ -103,6 +104,10 @@ class Front:
             settings = json.loads(await _body(receive))
             self.latency = settings.get("latency", self.latency)
             self.bodies = settings.get("bodies", self.bodies)
+        elif (name, method) == ("connections", "DELETE"):
+            for connection in list(self.connections()):
+                if connection.client != tuple(scope["client"]):
+                    connection.transport.abort()
         else:
             return False
         await respond(send, 200, answer)

@@ -41,6 +41,10 @@ OF_BACKENDS = {
         "creating": ("backends.daytona", "Daytona", "_started", True),
         "created": ("backends.daytona.sandbox", "DaytonaSandbox", "facts", False),
     },
+    "e2b": {
+        "creating": ("backends.e2b", "E2B", "_request", True),
+        "created": ("backends.e2b.sandbox", "E2BSandbox", "facts", False),
+    },
 }
 REACHED, GO, CLOCK = "fault-reached", "fault-go", "fault-clock"
 

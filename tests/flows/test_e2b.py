@@ -258,7 +258,7 @@ def test_an_evicted_sandbox_fails_the_attempt_and_the_next_one_runs(project, e2b
         line = process.stdout.readline()
         assert line, seen.decode()
         seen += line
-    e2b.ask("POST", "evict", [])
+    e2b.evict()
     output = seen + process.communicate(timeout=200)[0]
     assert process.returncode == 0, output.decode()
     assert b"sandbox has ended" in output or b"is gone" in output

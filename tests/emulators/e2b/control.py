@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .cloud import ENVD_VERSION, Refused
+from .cloud import ENVD_VERSION, Refused, now
 
 _PAGE = 100
 _LOG_PAGE = 100
@@ -68,6 +68,7 @@ class Control:
                 Route("/_upload/{hash}", self.upload, methods=["PUT"]),
                 Route("/_test/cloud", self.settings, methods=["GET", "PUT"]),
                 Route("/_test/evict", self.evict, methods=["POST"]),
+                Route("/_test/advance", self.advance, methods=["POST"]),
             ]
         )
 
@@ -239,5 +240,16 @@ class Control:
         wanted = await request.json()
         for sandbox in list(self.cloud.sandboxes.values()):
             if not wanted or sandbox.id in wanted:
+                await self.cloud.kill(sandbox)
+        return JSONResponse({})
+
+    async def advance(self, request):
+        """Lets so many seconds of each sandbox's life pass at once."""
+        passed = await request.json()
+        for sandbox in list(self.cloud.sandboxes.values()):
+            left = (sandbox.ends - now()).total_seconds() - passed
+            if left > 0:
+                self.cloud.set_timeout(sandbox, left)
+            else:
                 await self.cloud.kill(sandbox)
         return JSONResponse({})

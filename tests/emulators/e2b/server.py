@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -44,6 +45,29 @@ class Server:
         """Changes the account's settings. Returns its sandboxes and templates."""
         return self.ask("PUT", "cloud", settings)
 
+    def living(self):
+        """Identities of the sandboxes that there are."""
+        return list(self.cloud()["sandboxes"])
+
+    def wait_until_none_lives(self, seconds=10):
+        """Whether every sandbox is gone in time."""
+        deadline = time.monotonic() + seconds
+        while self.living() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.living()
+
+    def evict(self, *sandboxes):
+        """Ends these, or all, as the provider might."""
+        self.ask("POST", "evict", sandboxes)
+
+    def advance(self, minutes):
+        """Takes time from what all sandboxes have left."""
+        self.ask("POST", "advance", minutes * 60)
+
+    def drop(self):
+        """Resets every connection that there is."""
+        self.ask("DELETE", "connections")
+
     def journal(self):
         return self.ask("GET", "journal")
 
@@ -52,7 +76,7 @@ class Server:
         self.ask("DELETE", "faults")
         self.settings(latency=0, bodies=None)
         self.cloud(concurrent=1000, per_second=0, hours=24, boot=0, build=0)
-        self.ask("POST", "evict", [])
+        self.evict()
         self.ask("DELETE", "journal")
 
     def close(self):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ...concurrency import plain_errors
-from ...errors import ConnectionLost, SandboxGone
+from ...errors import BackendUnavailable, ConnectionLost, SandboxGone
 from ..base import Sandbox, Sink, discard
 from .failures import translate, translated
 
@@ -366,15 +366,16 @@ async def kill(sandbox_id: str) -> None:
     """Ends a sandbox; tries for a while, since whoever forgets one pays for it."""
     from e2b import AsyncSandbox
 
-    with translated("destroy", sandbox_id), anyio.fail_after(_DESTROY_SECONDS):
-        while True:
-            try:
-                await AsyncSandbox.kill(sandbox_id, request_timeout=_DESTROY_SECONDS / 2)
-            except Exception as e:
-                if getattr(e, "status_code", None) in (400, 404):
-                    return  # no such sandbox
-                if isinstance(translate(e, "destroy"), ConnectionLost):
-                    await anyio.sleep(0.5)
-                    continue
-                raise
+    patience = time.monotonic() + _DESTROY_SECONDS
+    while True:
+        try:
+            await AsyncSandbox.kill(sandbox_id, request_timeout=_DESTROY_SECONDS / 2)
+        except Exception as e:
+            if getattr(e, "status_code", None) in (400, 404):
+                return  # no such sandbox
+            error = translate(e, "destroy", sandbox_id)
+            if isinstance(error, BackendUnavailable) or time.monotonic() > patience:
+                raise error from e
+            await anyio.sleep(0.5)
+        else:
             return
