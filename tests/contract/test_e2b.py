@@ -186,6 +186,70 @@ def test_an_answer_that_got_lost_is_asked_for_again_and_makes_one_sandbox(accoun
     anyio.run(make)
 
 
+def test_a_creation_whose_first_answer_got_lost_and_that_is_refused_then_leaves_nothing(account):
+    account.fault("POST /v2/sandboxes", lose=True)
+    account.fault("POST /v2/sandboxes", status=403, body={"code": 403, "message": "no more"})
+
+    async def make():
+        with pytest.raises(SandboxError, match="no more"):
+            await E2B().create(SandboxSpec())
+
+    anyio.run(make)
+    assert account.living() == []
+
+
+def test_a_creation_that_is_cancelled_before_its_answer_leaves_nothing(account):
+    account.fault("POST /v2/sandboxes", delay=1.5)
+
+    async def make():
+        with anyio.move_on_after(0.5) as scope:
+            await E2B().create(SandboxSpec())
+        assert scope.cancelled_caught
+
+    anyio.run(make)
+    assert ("POST", "/v2/sandboxes") in [(e["method"], e["path"]) for e in account.journal()]
+    assert account.living() == []
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_sandbox_is_ended_though_the_first_answers_are_that_it_can_not_be(account, status):
+    body = {"code": status, "message": "not now"}
+
+    async def end():
+        sandbox = await E2B().create(SandboxSpec())
+        account.fault("DELETE /sandboxes", status=status, body=body, times=5)
+        await sandbox.destroy()
+
+    anyio.run(end)
+    assert account.living() == []
+
+
+def test_an_image_whose_python_has_another_name_can_be_used_by_it(account):
+    recipe = Recipe("busybox", python="/run/python3")  # the emulator's own
+
+    async def use():
+        prepared = await E2B().prepare(recipe)
+        sandbox = await E2B().create(SandboxSpec(image=prepared.image, python=recipe.python))
+        try:
+            return await sandbox.run(["echo", "well"])
+        finally:
+            await sandbox.destroy()
+
+    assert anyio.run(use).stdout == b"well\n"
+    with pytest.raises(SandboxError, match="it has no python3, 3.8 or later") as raised:
+        anyio.run(E2B().prepare, Recipe("busybox"))
+    assert raised.value.code == "no_python"
+
+
+def test_a_connection_that_drops_while_a_template_is_looked_at_is_not_taken_for_want_of_python(
+    account,
+):
+    account.fault(START, lose=True)
+    with pytest.raises(ConnectionLost):
+        anyio.run(E2B().prepare, Recipe(options={"template": "base"}))
+    assert account.living() == []
+
+
 def test_a_sandbox_is_asked_for_with_its_network_and_without_variables(account):
     listed = {"allowOut": ["a.com", "*.b.com"], "denyOut": ["0.0.0.0/0"]}
     asked = {

@@ -295,6 +295,7 @@ BAD = [
     ("", {"E2B_API_URL": "http://127.0.0.1:9"}, "E2B can't be reached"),
     ('(template="nobodys")', {}, "E2B has no such template that is ready"),
     ('(image="busybox")', {}, "it has no python3, 3.8 or later"),
+    ('(image="python:3.11", executable="/opt/python")', {}, "it has no /opt/python, 3.8 or later"),
     ('(image="no/such:image")', {}, "Check the image's name"),
     ('(setup=["echo why it failed; exit 3"])', {}, "why it failed"),
     ('(image="python:3.12-slim", template="mine")', {}, "Leave one out"),

@@ -147,6 +147,7 @@ class SandboxSpec:
         image: as `Backend.prepare` returned it; None: the backend's own.
         network: False, True, or the hosts that may be reached; None: the backend's default.
         options: those of `Backend.options` that the user gave.
+        python: as in `Recipe`.
     """
 
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -159,6 +160,7 @@ class SandboxSpec:
     image: str | None = None
     network: bool | Sequence[str] | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Recipe:
             decide it by what they are made from. Not part of `key`: give it what counts.
         contents: stands for `files` in the key, where it is known before they are there.
         title: what is installed, in words: "python 3.12.1 and 7 packages".
+        python: the Python inside, where the user named one; not part of `key`.
     """
 
     image: str | None = None
@@ -192,6 +195,7 @@ class Recipe:
     gpu: int | None = None
     contents: str = ""
     title: str = ""
+    python: str | None = None
 
     @property
     def plain(self) -> bool:
@@ -286,6 +290,11 @@ class Sandbox(ABC):
     backend: Backend
     #: Unique within its backend; `Backend.destroy` takes it.
     id: str
+
+    @property
+    def python(self) -> str:
+        """The Python inside by which what isn't the step's is done."""
+        return self.backend.python
 
     @abstractmethod
     async def exec(
@@ -397,7 +406,7 @@ class Sandbox(ABC):
                     yield piece
 
             await self.write(path, pieces())
-        python = [self.backend.python, "-W", "ignore", "-I", "-S", "-c", _UNPACK]
+        python = [self.python, "-W", "ignore", "-I", "-S", "-c", _UNPACK]
         return [*python, f"{path}.lock", path, *mounts, "--"]
 
     async def deliver(self, mounts: Mapping[str, Path]) -> None:

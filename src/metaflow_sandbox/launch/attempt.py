@@ -283,6 +283,7 @@ class Attempt:
             image=job.prepared.image,
             network=request.network,
             options=request.options,
+            python=request.executable,
         )
 
     async def _create(self, spec: SandboxSpec) -> Sandbox:

@@ -116,6 +116,7 @@ class Session:
             memory=request.memory,
             disk=request.disk,
             gpu=request.gpu,
+            python=request.executable,
         )
         if environment.TYPE == "local" and not request.executable:
             return await backend.prepare(plain, say), None
@@ -151,6 +152,7 @@ class Session:
             image=prepared.image,
             network=False if "none" in backend.limits().network else None,
             options=plain.options,
+            python=executable,
         )
         sandbox = await backend.create(spec)
         try:

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import math
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ from .sandbox import E2BSandbox, kill
 _REQUEST_SECONDS = 30.0
 _END_MARGIN = 60.0  # what a step's sandbox needs before and after it
 _CREATION = "metaflow-creation"  # a label of ours, by which one is found whose answer got lost
+_CREATIONS = 3  # how often one is asked for whose answer gets lost
+_CHECK_SECONDS = 60.0
 _CHECK = "import sys; sys.exit(sys.version_info < (3, 8))"
 
 
@@ -73,7 +76,6 @@ class E2B(Backend):
             "If your plan of E2B's has longer sandboxes, say so: export METAFLOW_SANDBOX_E2B_HOURS="
             "24."
         )
-        self._ready: dict[str, str] = {}  # {recipe's name: template}
 
     def account(self) -> str:
         key = hashlib.sha256(os.environ.get("E2B_API_KEY", "").encode()).hexdigest()
@@ -125,28 +127,27 @@ class E2B(Backend):
             )
         if not templates.needed(recipe):
             if own is not None:
-                await self._check(sdk, own, f"template={own!r}")
+                await self._check(sdk, recipe, own, f"template={own!r}")
             return Prepared()
         name = await blocking(lambda: templates.name_of(recipe))
         what = f"image={recipe.image!r}" if recipe.image else "the template"
         async with templates.alone(name):
             # One that is there may still be built elsewhere, or its build may have failed.
-            if not await templates.exists(name) or not await self._usable(sdk, name, what):
+            if not await templates.exists(name) or not await self._usable(sdk, recipe, name, what):
                 await templates.build(recipe, name, say)
-                await self._check(sdk, name, what)
-        self._ready[name] = name
+                await self._check(sdk, recipe, name, what)
         return Prepared(name)
 
-    async def _usable(self, sdk: Any, template: str, what: str) -> bool:
+    async def _usable(self, sdk: Any, recipe: Recipe, template: str, what: str) -> bool:
         try:
-            await self._check(sdk, template, what)
+            await self._check(sdk, recipe, template, what)
         except SandboxError as e:
             if e.code != "no_template":
                 raise
             return False
         return True
 
-    async def _check(self, sdk: Any, template: str, what: str) -> None:
+    async def _check(self, sdk: Any, recipe: Recipe, template: str, what: str) -> None:
         """Makes one sandbox of a template and looks for Python in it.
 
         Raises:
@@ -162,16 +163,19 @@ class E2B(Backend):
                 "list`.",
                 code="no_template", op="prepare", retryable=False,
             ) from e  # fmt: skip
+        python = recipe.python or self.python
+        command = shlex.join([python, "-c", _CHECK])
         try:
-            command = f"{self.python} -c '{_CHECK}'"
-            with translated("prepare", template):
-                await sandbox.remote.commands.run(command, user="user", timeout=0)
-        except SandboxError as e:
-            raise SandboxError(
-                f"{what}: it has no {self.python}, 3.8 or later, which a step needs. Take one that "
-                "has, such as python:3.12-slim, or install it by setup=[…].",
-                code="no_python", op="prepare", retryable=False,
-            ) from e  # fmt: skip
+            with translated("prepare", template), anyio.fail_after(_CHECK_SECONDS):
+                try:
+                    await sandbox.remote.commands.run(command, user="user", timeout=0)
+                except sdk.CommandExitException as e:
+                    raise SandboxError(
+                        f"{what}: it has no {python}, 3.8 or later, which a step needs. Take one "
+                        "that has, such as python:3.12-slim, install it by setup=[…], or name "
+                        "another by executable=….",
+                        code="no_python", op="prepare", retryable=False,
+                    ) from e  # fmt: skip
         finally:
             await sandbox.destroy()
 
@@ -180,7 +184,13 @@ class E2B(Backend):
         sdk = await self._sdk()
         template = spec.image
         if template is None or not template.startswith(templates.PREFIX):
-            recipe = Recipe(spec.image, options=spec.options, cpu=spec.cpu, memory=spec.memory)
+            recipe = Recipe(
+                spec.image,
+                options=spec.options,
+                cpu=spec.cpu,
+                memory=spec.memory,
+                python=spec.python,
+            )
             if templates.needed(recipe):
                 template = (await self.prepare(recipe)).image
             else:
@@ -204,7 +214,7 @@ class E2B(Backend):
         # Whoever is cancelled in the middle could not tell what became of it.
         with anyio.CancelScope(shield=True):
             remote = await self._request(sdk, options)
-        sandbox = E2BSandbox(self, remote, template)
+        sandbox = E2BSandbox(self, remote, template, spec.python)
         try:
             await anyio.lowlevel.checkpoint_if_cancelled()
         except BaseException:
@@ -214,20 +224,23 @@ class E2B(Backend):
 
     async def _request(self, sdk: Any, options: dict[str, Any]) -> Any:
         """Asks for a sandbox, again under the same key if the answer got lost."""
-        for last in (False, False, True):
+        lost = 0
+        while True:
             try:
                 return await sdk.AsyncSandbox.create(**options)
             except Exception as e:
                 error = translate(e, "create", options["template"])
-                if not isinstance(error, ConnectionLost):
-                    raise error from e
-                if last:
-                    await self._sweep(options["metadata"])
-                    raise SandboxError(
+                if isinstance(error, ConnectionLost):
+                    lost += 1
+                    if lost < _CREATIONS:
+                        continue
+                    error = SandboxError(
                         f"{error.message}. Try again later.", code="create_failed", op="create",
                         retryable=True,
-                    ) from e  # fmt: skip
-        raise RuntimeError("unreachable")
+                    )  # fmt: skip
+                if lost:
+                    await self._sweep(options["metadata"])
+                raise error from e
 
     async def _sweep(self, labels: Mapping[str, str]) -> None:
         """Ends what may have been made by requests whose answers got lost."""

@@ -65,15 +65,23 @@ class E2BSandbox(Sandbox):
     #: Seconds without progress until a transfer is given up; the SDK has no limit for these.
     idle_seconds = 120.0
 
-    def __init__(self, backend: E2B, remote: AsyncSandbox, template: str) -> None:
+    def __init__(
+        self, backend: E2B, remote: AsyncSandbox, template: str, python: str | None = None
+    ) -> None:
         self.backend = backend
         self.id = remote.sandbox_id
         self.remote = remote
         self._template = template
+        self._python = python or backend.python
         self._diagnosis: str | None = None
         self._ended_for_memory: int | None = None  # how many, when we first heard
         self._gone = False
-        self._ends = time.monotonic() + backend.longest_life
+        self._began = time.monotonic()
+        self._ends = self._began + backend.longest_life
+
+    @property
+    def python(self) -> str:
+        return self._python
 
     def facts(self) -> dict[str, str]:
         return {"sandbox-isolation": "a microVM of E2B's", "sandbox-template": self._template}
@@ -97,7 +105,7 @@ class E2BSandbox(Sandbox):
             raise SandboxGone(f"the sandbox {self.id} is gone", op="exec")
         work = self.backend.work
         request = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd or work, "made": work}
-        program = [self.backend.python, "-I", "-S", "-c", _PROGRAM, json.dumps(request)]
+        program = [self.python, "-I", "-S", "-c", _PROGRAM, json.dumps(request)]
         running = _Running(self, on_stdout, on_stderr)
         mark = uuid.uuid4().hex
         try:
@@ -108,6 +116,13 @@ class E2BSandbox(Sandbox):
                 await running.leave()
                 await self._end(mark)
             raise
+        except SandboxGone as e:
+            lived = (time.monotonic() - self._began) / 60
+            raise SandboxGone(
+                f"{e.message}. It had lived for {lived:.0f} minutes. E2B ends a sandbox at your "
+                "plan's limit, or somebody ended it; with @retry the step is run again.",
+                op="exec",
+            ) from e
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await running.leave()
@@ -118,7 +133,7 @@ class E2BSandbox(Sandbox):
 
     async def _end(self, mark: str) -> None:
         """Ends all that a command started, daemons too."""
-        command = shlex.join([self.backend.python, "-I", "-S", "-c", _END, mark])
+        command = shlex.join([self.python, "-I", "-S", "-c", _END, mark])
         with contextlib.suppress(Exception), anyio.move_on_after(_ENDING_SECONDS):
             await self.remote.commands.run(command, user="root", timeout=0)
 
