@@ -207,11 +207,11 @@ CONTROL = {"the control": ("outbox(*honest()); end()", None)}
 PARTS = {"the stream": STREAM, "the archive": ARCHIVE, "the record": RECORD}
 
 
-def outcomes(project, attacks):
+def outcomes(project, attacks, flow=FLOW, program=PROGRAM):
     """{attack: (what was printed of it, whether it failed, whether it recorded something)}."""
-    programs = {name: program for name, (program, _) in attacks.items()}
-    project.write("attacks.py", f"PROGRAM = {PROGRAM!r}\nATTACKS = {programs!r}\n")
-    project.write("flow.py", FLOW)
+    programs = {name: own for name, (own, _) in attacks.items()}
+    project.write("attacks.py", f"PROGRAM = {program!r}\nATTACKS = {programs!r}\n")
+    project.write("flow.py", flow)
     limits = {"METAFLOW_SANDBOX_MAX_ARTIFACT": "100", "METAFLOW_SANDBOX_MAX_OUTPUT": "1"}
     output = project.run("flow.py", "run", "--max-workers", "4", env=limits).ok().output
     assert "\x1b" not in output and "Traceback" not in output
@@ -229,13 +229,18 @@ def outcomes(project, attacks):
     }
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, part):
-    attacks = {**PARTS[part], **CONTROL}
-    found, wrong = outcomes(project, attacks), {}
+def what_got_past(attacks, found):
+    """{attack: its outcome} of those that did not end as they should."""
+    wrong = {}
     for name, (_, said) in attacks.items():
         printed, failed, recorded = found[name]
         held = (failed, recorded) == ((False, True) if said is None else (True, False))
         if not held or (said or "") not in "\n".join(printed):
             wrong[name] = found[name]
-    assert wrong == {}
+    return wrong
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, part):
+    attacks = {**PARTS[part], **CONTROL}
+    assert what_got_past(attacks, outcomes(project, attacks)) == {}

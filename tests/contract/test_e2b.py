@@ -1,11 +1,15 @@
 """E2B's backend keeps the contract, by the real SDK against an emulated service."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import anyio
 import pytest
@@ -13,6 +17,10 @@ import pytest
 if sys.version_info < (3, 11):
     pytest.skip("NOT RUN: E2B's SDK needs Python 3.11", allow_module_level=True)
 
+import e2b
+
+from emulators.e2b.server import KEY
+from emulators.e2b.specification import FILE, NEWER, Specification
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.e2b import E2B
 from metaflow_sandbox.backends.e2b.sandbox import E2BSandbox
@@ -329,52 +337,176 @@ def test_files_and_an_installation_are_baked_into_a_template(account, tmp_path):
     assert anyio.run(use).stdout == b"a wheel"
 
 
-def test_the_emulators_answers_are_those_of_the_specification(account):
-    from emulators.e2b.server import KEY
-    from emulators.e2b.specification import FILE, NEWER, Specification
+#: All that the adapter asks the service for. The installed SDK has these, and `Asked` holds the
+#: emulator's answers to the specification. The daemon's RPC is on the SDK's own stubs.
+REQUESTS = {
+    ("GET", "/v2/sandboxes"), ("POST", "/v2/sandboxes"), ("DELETE", "/sandboxes/*"),
+    ("POST", "/sandboxes/*/timeout"), ("GET", "/templates/aliases/*"), ("POST", "/v3/templates"),
+    ("GET", "/templates/*/files/*"), ("POST", "/v2/templates/*/builds/*"),
+    ("GET", "/templates/*/builds/*/status"),
+}  # fmt: skip
+OF_THE_DAEMON = {
+    ("POST", "/files"), ("GET", "/files"), ("GET", "/health"), ("POST", "/process.Process/Start"),
+    ("POST", "/filesystem.Filesystem/Stat"),
+}  # fmt: skip
+OF_ITS_STORAGE = {("PUT", "/_upload/*")}
 
-    if not FILE.exists():
-        pytest.skip("NOT CHECKED against E2B's specification: set PROVIDER_SPECS to its folder")
-    specification, seen, wrong = Specification(), set(), {}
 
-    def ask(method, path, body=None, key=KEY):
+def bare(path):
+    """A path without what names one thing."""
+    path = re.sub(r"/(i[a-z0-9]{19}|[0-9a-f]{64})(?=/|$)", "/*", path.partition("?")[0])
+    return re.sub(r"(?<=/aliases/).*|(?<=/files/)\w+", "*", path)
+
+
+def test_every_request_of_the_adapter_is_one_that_the_sdk_has_and_that_is_held(
+    account, monkeypatch, tmp_path
+):
+    (tmp_path / "wheel").write_text("a wheel")
+    monkeypatch.setattr(E2BSandbox, "quiet_seconds", 2.0)
+
+    async def everything():
+        backend = E2B()
+        await backend.preflight()
+        recipe = Recipe("python:3.11", ("true",), {"/in": tmp_path}, ("true",), "/opt/x", cpu=1.0)
+        prepared = await backend.prepare(recipe)
+        with pytest.raises(SandboxError):
+            await backend.prepare(Recipe("python:3.11", ("false",)))
+        sandbox = await backend.create(SandboxSpec({"a": "b"}, image=prepared.image))
+        await sandbox.write_bytes("/home/user/x", b"x")
+        assert await sandbox.read_bytes("/home/user/x", 1) == b"x"
+        assert (await sandbox.run(["true"])).exit_code == 0
+        with pytest.raises(TimeoutError):
+            await sandbox.run(["sleep", "60"], timeout=0.5)
+        account.fault(START, stall=120)
+        with pytest.raises(ConnectionLost):  # which looks whether it lives
+            await sandbox.run(["sleep", "60"])
+        await sandbox.renew(100)
+        assert [info.id for info in await backend.list({"a": "b"})] == [sandbox.id]
+        await sandbox.destroy()
+
+    anyio.run(everything)
+    asked = {(e["method"], bare(e["path"])) for e in account.journal()}
+    asked = {request for request in asked if not request[1].startswith("/_test")}
+    assert asked == REQUESTS | OF_THE_DAEMON | OF_ITS_STORAGE
+    assert REQUESTS <= routes_of_the_sdk()
+    assert REQUESTS <= Asked(account).requests
+
+
+def routes_of_the_sdk():
+    found = set()
+    for path in Path(e2b.__file__).parent.glob("api/client/api/**/*.py"):
+        for method, url in re.findall(r'"method": "(\w+)",\s+"url": f?"([^"]+)"', path.read_text()):
+            found.add((method.upper(), re.sub(r"\{\w+\}", "*", url)))
+    return found
+
+
+class Asked:
+    """The emulator's answers to requests of every kind, held to the specification if it is here.
+
+    Attributes:
+        requests: what was asked.
+        wrong: {request: what is wrong with its answer}.
+        unspecified: what the specification hasn't.
+    """
+
+    def __init__(self, account):
+        self.account = account
+        self.specification = Specification() if FILE.exists() else None
+        self.requests, self.wrong, self.unspecified = set(), {}, set()
+        box = f"/sandboxes/{self.ask('POST', '/v2/sandboxes', {'templateID': 'base'})['sandboxID']}"
+        self.ask("GET", "/v2/sandboxes")
+        self.ask("GET", "/v2/sandboxes", key="wrong")
+        self.ask("GET", box)
+        self.ask("GET", "/sandboxes/inothing")
+        self.ask("POST", f"{box}/timeout", {"timeout": 60})
+        self.ask("POST", f"/v2{box}/connect", {"timeout": 60})
+        self.ask("POST", f"{box}/connect", {"timeout": 60})
+        self.ask("GET", f"{box}/metrics")
+        self.ask("POST", f"{box}/pause", {})
+        self.ask("POST", f"{box}/pause", {})
+        self.ask("DELETE", box)
+        self.ask("DELETE", box)
+        self.ask("GET", "/templates/aliases/base")
+        self.ask("GET", "/templates/aliases/nothing")
+        size = {"cpuCount": 1, "memoryMB": 512}
+        made = self.ask("POST", "/v3/templates", {"name": "specified", **size})
+        self.ask("POST", "/v3/templates", {"name": "specified", "cpuCount": 99})
+        build = f"/templates/{made['templateID']}/builds/{made['buildID']}"
+        self.ask("GET", f"/templates/{made['templateID']}/files/abc")
+        self.ask("POST", f"/v2{build}", {"fromImage": "debian:12", "steps": []})
+        self.ask("GET", f"{build}/status")
+        failing = self.ask("POST", "/v3/templates", {"name": "specified", **size})
+        build = f"/templates/{failing['templateID']}/builds/{failing['buildID']}"
+        self.ask("POST", f"/v2{build}", {"fromImage": "no/such", "steps": []})
+        while self.ask("GET", f"{build}/status")["status"] == "building":
+            pass
+        self.ask("DELETE", f"/templates/{made['templateID']}")
+
+    def ask(self, method, path, body=None, key=KEY):
         data = None if body is None else json.dumps(body).encode()
         headers = {"X-API-KEY": key, "Content-Type": "application/json"}
-        request = urllib.request.Request(account.url + path, data, headers, method=method)
+        request = urllib.request.Request(self.account.url + path, data, headers, method=method)
         try:
             with urllib.request.urlopen(request) as response:
                 status, content = response.status, response.read()
         except urllib.error.HTTPError as e:
             status, content = e.code, e.read()
         answer = json.loads(content) if content else None
-        bare = path.partition("?")[0]
-        found = specification.problems(method.lower(), bare, status, answer)
-        if found is None:
-            seen.add((method.lower(), re.sub(r"/i[a-z0-9]{19}", "/{sandboxID}", bare)))
-        elif found:
-            wrong[method, path, status] = found
+        self.requests.add((method, bare(path)))
+        if self.specification is not None:
+            found = self.specification.problems(method.lower(), path, status, answer)
+            if found is None:
+                kind = re.sub(r"/i[a-z0-9]{19}", "/{sandboxID}", path)
+                self.unspecified.add((method.lower(), kind))
+            elif found:
+                self.wrong[method, path, status] = found
         return answer
 
-    box = f"/sandboxes/{ask('POST', '/v2/sandboxes', {'templateID': 'base'})['sandboxID']}"
-    ask("GET", "/v2/sandboxes")
-    ask("GET", "/v2/sandboxes", key="wrong")
-    ask("GET", box)
-    ask("GET", "/sandboxes/inothing")
-    ask("POST", f"{box}/timeout", {"timeout": 60})
-    ask("POST", f"/v2{box}/connect", {"timeout": 60})
-    ask("POST", f"{box}/connect", {"timeout": 60})
-    ask("GET", f"{box}/metrics")
-    ask("POST", f"{box}/pause", {})
-    ask("POST", f"{box}/pause", {})
-    ask("DELETE", box)
-    ask("DELETE", box)
-    ask("GET", "/templates/aliases/base")
-    ask("GET", "/templates/aliases/nothing")
-    made = ask("POST", "/v3/templates", {"name": "specified", "cpuCount": 1, "memoryMB": 512})
-    build = f"/templates/{made['templateID']}/builds/{made['buildID']}"
-    ask("GET", f"/templates/{made['templateID']}/files/abc")
-    ask("POST", f"/v2{build}", {"fromImage": "debian:12", "steps": []})
-    ask("GET", f"{build}/status")
-    ask("DELETE", f"/templates/{made['templateID']}")
-    assert wrong == {}
-    assert seen <= NEWER
+
+def test_the_emulators_answers_are_those_of_the_specification(account):
+    if not FILE.exists():
+        pytest.skip("NOT CHECKED against E2B's specification: set PROVIDER_SPECS to its folder")
+    asked = Asked(account)
+    assert asked.wrong == {}
+    assert asked.unspecified <= NEWER
+
+
+PREPARING = """
+import anyio
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
+from metaflow_sandbox.backends.e2b import E2B
+
+async def main():
+    backend = E2B()
+    prepared = await backend.prepare(Recipe("python:3.11", ("true", "true", "true"), cpu=1.0))
+    sandbox = await backend.create(SandboxSpec(image=prepared.image))
+    await sandbox.destroy()
+
+anyio.run(main)
+"""
+
+
+def test_a_build_that_is_given_up_takes_nothing_from_another_machines_of_the_same_name(
+    account, tmp_path
+):
+    account.cloud(build=1.0)
+    builds = []
+    for name in ("one", "other"):  # nothing on this machine tells one of the other
+        (tmp_path / name).mkdir()
+        environment = {**os.environ, "TMPDIR": str(tmp_path / name)}
+        builds.append(
+            subprocess.Popen(
+                [sys.executable, "-c", PREPARING], env=environment, stderr=subprocess.PIPE
+            )
+        )
+
+    def requested():
+        return sum((e["method"], e["path"]) == ("POST", "/v3/templates") for e in account.journal())
+
+    while requested() < 2 and all(process.poll() is None for process in builds):
+        time.sleep(0.1)
+    builds[1].send_signal(signal.SIGINT)
+    _, problem = builds[0].communicate(timeout=120)
+    assert builds[0].returncode == 0, problem.decode()
+    builds[1].communicate(timeout=120)
+    assert account.wait_until_none_lives()

@@ -145,14 +145,17 @@ class Machine:
 
     @classmethod
     async def start(
-        cls, root, home, *, memory=None, cpus=None, disk=None, hidden=(), counter="/proc/vmstat"
-    ):
+        cls, root, home, *, memory=None, cpus=None, disk=None, below="/tmp", hidden=(),
+        counter="/proc/vmstat",
+    ):  # fmt: skip
         """Starts a machine on a root that `lay_out` or `copy_root` made.
 
         Args:
             memory: MB; the largest process is ended when all together have more.
             cpus: how many of this machine's processors it has.
-            disk: MB that can be written below /tmp, which is empty then; None: what there is.
+            disk: MB that can be written below a directory, which is empty then; None: what
+                there is.
+            below: that directory.
             counter: the file in which it tells how often its memory ran out.
             hidden: programs of /usr/bin that it does not have.
         """
@@ -160,7 +163,7 @@ class Machine:
         for end in (ours, theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
         config = json.dumps({"memory": memory and memory << 20, "cpus": cpus})
-        options = _options(Path(root), disk, hidden, counter)
+        options = _options(Path(root), disk, below, hidden, counter)
         command = ["bwrap", *options, _PYTHON, "-S", "-s", "/run/first.py", str(theirs.fileno())]
         bwrap = subprocess.Popen(
             [*command, config], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
@@ -308,7 +311,7 @@ class Machine:
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-def _options(root, disk, hidden, counter):
+def _options(root, disk, below, hidden, counter):
     options = [
         "--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-net", "--die-with-parent",
         "--as-pid-1", "--hostname", "machine", "--clearenv", "--cap-drop", "ALL",
@@ -337,7 +340,7 @@ def _options(root, disk, hidden, counter):
     count.write_text("oom_kill 0\n")
     options += ["--ro-bind", str(count), counter]
     if disk:
-        options += ["--perms", "1777", "--size", str(disk << 20), "--tmpfs", "/tmp"]
+        options += ["--perms", "1777", "--size", str(disk << 20), "--tmpfs", below]
     if os.getuid() == 0:
         options += ["--ro-bind", "/proc/sys", "/proc/sys"]
     return [*options, "--remount-ro", "/dev"]

@@ -1,21 +1,17 @@
 """Flows in E2B's sandboxes, by the real SDK against an emulated service."""
 
 import contextlib
-import gzip
-import io
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
-from emulators.e2b.server import KEY
+from emulators.tls_proxy import Proxy
 
 START = "/process.Process/Start"
 
@@ -82,47 +78,6 @@ def test_a_small_step_costs_three_serial_round_trips(project, e2b):
         ("POST", START),
         ("DELETE", "/sandboxes/*"),  # after the scheduler was told
     ]
-
-
-def test_no_secret_but_the_key_in_its_header_gets_to_the_service(project, e2b, tmp_path):
-    """Of the launcher's. What `env` names goes in, in the job file and nowhere else."""
-    secrets = {
-        "AWS_SECRET_ACCESS_KEY": "canary-aws", "OTHER": "canary-other", "WANTED": "canary-wanted",
-    }  # fmt: skip
-    bodies = tmp_path / "bodies"
-    bodies.mkdir()
-    e2b.settings(bodies=str(bodies))
-    project.write("flow.py", small(items=1, parameters='(env=["WANTED"])'))
-    project.run("flow.py", "run", env=secrets).ok()
-    journal = e2b.journal()
-    for entry in journal:
-        about = json.dumps({**entry, "headers": {**entry["headers"], "x-api-key": ""}})
-        assert KEY not in about and "canary" not in about
-    keys = {e["headers"].get("x-api-key") for e in journal if "/sandboxes" in e["path"]}
-    assert keys == {KEY}
-    uploaded = 0
-    for path in bodies.iterdir():
-        for name, content in contents(path.read_bytes()):
-            assert KEY.encode() not in content, name
-            assert b"canary-aws" not in content and b"canary-other" not in content, name
-            uploaded += 1
-            if b"canary-wanted" in content:
-                assert name.endswith("job.json")
-    assert uploaded > 100  # the archives were looked into
-
-
-def contents(data, name=""):
-    """(name, bytes) of everything in a body, archives in archives unpacked."""
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
-    try:
-        archive = tarfile.open(fileobj=io.BytesIO(data), mode="r:")
-    except tarfile.TarError:
-        yield name, data
-        return
-    for member in archive:
-        if member.isfile():
-            yield from contents(archive.extractfile(member).read(), f"{name}/{member.name}")
 
 
 EVERYTHING = """
@@ -293,6 +248,11 @@ BAD = [
     ("", {"E2B_API_KEY": ""}, "export E2B_API_KEY=…"),
     ("", {"E2B_API_KEY": "e2b_wrong"}, "E2B refused the API key"),
     ("", {"E2B_API_URL": "http://127.0.0.1:9"}, "E2B can't be reached"),
+    (
+        "",
+        {"E2B_API_URL": "http://x.invalid", "HTTP_PROXY": "http://127.0.0.1:9"},
+        "Check the network, HTTPS_PROXY and NO_PROXY",
+    ),
     ('(template="nobodys")', {}, "E2B has no such template that is ready"),
     ('(image="busybox")', {}, "it has no python3, 3.8 or later"),
     ('(image="python:3.11", executable="/opt/python")', {}, "it has no /opt/python, 3.8 or later"),
@@ -336,6 +296,23 @@ def test_a_foreach_keeps_to_the_accounts_limits(project, e2b, tasks, at_once):
     assert "Task failed" not in output
     assert creations(e2b).count(201) == tasks
     assert project.client('answer = len(Flow("Small").latest_run.data.results)') == tasks
+
+
+def test_a_run_behind_a_proxy_that_opens_up_tls(project, e2b, tmp_path):
+    """With E2B's own layout of hosts, and large files both ways."""
+    settings = {k: v for k, v in e2b.environment.items() if k == "E2B_API_KEY"}
+    for name in set(e2b.environment) - set(settings):
+        del project.environment[name]
+    project.environment |= {**settings, "E2B_DOMAIN": "e2b.test"}
+    source = small(items=1).replace("self.result = ", "self.big = os.urandom(1 << 20); "
+                                    "self.result = ")  # fmt: skip
+    project.write("flow.py", source)
+    with Proxy(tmp_path, e2b.port, ["*.e2b.test"]) as proxy:
+        output = project.run("flow.py", "run", env=proxy.environment).ok().output
+    assert "OUT 0" in output
+    assert ("GET", "/files") in calls(e2b)
+    hosts = {re.sub("-i[a-z0-9]{19}", "-*", host) for host in proxy.hosts}
+    assert hosts == {"api.e2b.test:443", "49983-*.e2b.test:443"}
 
 
 SLOW = """

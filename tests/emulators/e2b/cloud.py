@@ -52,6 +52,7 @@ class Settings:
         hours: how long a sandbox may live, at most.
         boot: seconds that a creation takes.
         build: seconds that each step of a build takes at least.
+        disk: MB that can be written below /home/user in a sandbox; 0: what there is.
     """
 
     concurrent: int = 20
@@ -59,6 +60,7 @@ class Settings:
     hours: float = 1.0
     boot: float = 0.0
     build: float = 0.0
+    disk: int = 0
 
 
 @dataclass
@@ -164,7 +166,8 @@ class Cloud:
         else:
             await asyncio.to_thread(copy_root, template.root, root)
         size = {"memory": template.memory, "cpus": template.cpus} if template.limited else {}
-        return await Machine.start(root, HOME, hidden=template.hidden, **size)
+        size["disk"] = self.settings.disk
+        return await Machine.start(root, HOME, hidden=template.hidden, below=HOME, **size)
 
     def _pace(self):
         """The limiter of creations, which says when to come again."""

@@ -21,7 +21,7 @@ class Server:
     """
 
     def __init__(self, process, port):
-        self._process = process
+        self._process, self.port = process, port
         self.url = f"http://127.0.0.1:{port}"
         self.environment = {
             "E2B_API_URL": self.url, "E2B_SANDBOX_URL": self.url, "E2B_API_KEY": KEY,
@@ -75,7 +75,7 @@ class Server:
         """As it was at first, but for templates."""
         self.ask("DELETE", "faults")
         self.settings(latency=0, bodies=None)
-        self.cloud(concurrent=1000, per_second=0, hours=24, boot=0, build=0)
+        self.cloud(concurrent=1000, per_second=0, hours=24, boot=0, build=0, disk=0)
         self.evict()
         self.ask("DELETE", "journal")
 

@@ -82,7 +82,7 @@ async def build(recipe: Recipe, name: str, say: Say) -> None:
     Raises:
         SandboxError: it failed, with the step that did.
     """
-    from e2b import AsyncSandbox, AsyncTemplate
+    from e2b import AsyncTemplate
 
     cpus, memory = size(recipe)
     source = recipe.image or recipe.options.get("template") or "E2B's base"
@@ -109,14 +109,10 @@ async def build(recipe: Recipe, name: str, say: Say) -> None:
                 await AsyncTemplate.build(
                     template, name, cpu_count=cpus, memory_mb=memory, on_build_logs=heard
                 )
-        except BaseException as e:
-            # One that is not ready would be found by its name.
-            with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-                with anyio.move_on_after(10):
-                    await AsyncSandbox.delete_snapshot(name)
+        except Exception as e:
+            # It stays: whoever finds it sees that it isn't ready, and it may be another's build
+            # of the same name that will be.
             tasks.cancel_scope.cancel()
-            if not isinstance(e, Exception):
-                raise
             failure = _failure(e, recipe, source)
         else:
             lines.put_nowait(None)

@@ -1,0 +1,199 @@
+"""Hostile steps in E2B's sandboxes, and every byte that the service is sent.
+
+On the emulated service. What `test_boundary.py` and `test_taken_over.py` try, as far as the way
+out of a sandbox is another here; their positive controls are there, too.
+"""
+
+import gzip
+import io
+import json
+import re
+import tarfile
+
+import pytest
+import test_taken_over as taken_over
+import what_goes_in as manifest
+from test_boundary import (
+    FLOW,
+    FORGED_RECORD,
+    FORGERIES,
+    PATCHED,
+    STOPPED,
+    run,
+    test_a_pickle_bomb_among_the_users_artifacts_is_refused_when_loaded,  # noqa: F401
+    test_frames_that_a_step_prints_are_output_and_no_more,  # noqa: F401
+)
+from test_what_goes_in import Host, named
+
+from emulators.e2b.server import KEY
+
+
+@pytest.fixture
+def project(project, e2b):
+    project.environment.update(e2b.environment, METAFLOW_SANDBOX_BACKEND="e2b")
+    yield project
+    assert e2b.wait_until_none_lives()
+
+
+# --- what the service is sent
+
+
+def contents(data):
+    """Everything in a body, archives in archives unpacked."""
+    if data[:2] == b"\x1f\x8b":
+        data = gzip.decompress(data)
+    try:
+        archive = tarfile.open(fileobj=io.BytesIO(data), mode="r:")
+    except tarfile.TarError:
+        yield data
+        return
+    for member in archive:
+        yield member.name.encode()
+        if member.isfile():
+            yield from contents(archive.extractfile(member).read())
+
+
+def test_nothing_secret_is_sent_to_the_service_but_the_key_in_its_header(project, e2b, tmp_path):
+    """A launch, the build of a template, an attempt and its end, on a host full of secrets."""
+    host = Host(project)
+    host.variables |= {**e2b.environment, "E2B_ACCESS_TOKEN": host.canary("environment")}
+    bodies = tmp_path / "bodies"
+    bodies.mkdir()
+    e2b.settings(bodies=str(bodies))
+    host.run(
+        '@sandbox(backend="e2b", env=["WANTED"], network=False, cpu=1, setup=["true"], '
+        'image="python:3.12-slim")'
+    )
+    journal = {e["number"]: e for e in e2b.journal() if not e["path"].startswith("/_test")}
+    steps = {(e["method"], re.sub(r"/i[a-z0-9]{19}", "/*", e["path"])) for e in journal.values()}
+    assert {
+        ("POST", "/v3/templates"), ("POST", "/v2/templates/*/builds/*"), ("POST", "/v2/sandboxes"),
+        ("POST", "/files"), ("POST", "/process.Process/Start"), ("DELETE", "/sandboxes/*"),
+    } <= steps  # fmt: skip
+    for entry in journal.values():
+        about = json.dumps({**entry, "headers": {**entry["headers"], "x-api-key": ""}})
+        assert KEY not in about and host.token not in about
+        to_the_sandbox = "e2b-sandbox-id" in entry["headers"]
+        assert entry["headers"].get("x-api-key") == (None if to_the_sandbox else KEY)
+    uploaded = set()
+    for path in bodies.iterdir():
+        entry = journal.get(int(path.name.partition("-")[2]))
+        if entry is None:
+            continue
+        for data in contents(path.read_bytes()):
+            assert KEY.encode() not in data, entry["path"]
+            found = re.findall(rf"canary-{host.token}-[a-z0-9-]+[a-z]".encode(), data)
+            assert not found or entry["path"] == "/files", (entry["path"], found)
+            uploaded |= {named(secret.decode()) for secret in found}
+    assert uploaded == set(manifest.GOES_IN)  # so that the rest would have been seen
+
+
+# --- what comes out
+
+
+def test_a_pickle_bomb_is_never_unpickled_and_a_forged_record_is_rejected(project):
+    for attack, message in (
+        (PATCHED, "is not what Metaflow records there"),
+        (FORGED_RECORD % FORGERIES["another run's blob"][0], "neither an input nor"),
+    ):
+        done, pwned = run(project, attack)
+        assert not pwned
+        assert done.code != 0
+        assert message in done.output
+
+
+ENDED = {
+    **{name: STOPPED[name] for name in ("kills everything", "kills the agent")},
+    **{name: STOPPED[name] for name in ("stops everything", "stops the agent", "ignores its end")},
+    "daemons that stay": "\n            for _ in range(20):\n                if os.fork() == 0:\n"
+    "                    os.setsid()\n                    if os.fork(): os._exit(0)\n"
+    "                    time.sleep(1000)\n            time.sleep(1000)",
+}
+
+
+@pytest.mark.parametrize("name", ENDED)
+def test_a_step_that_ends_or_outlasts_what_holds_it_is_ended_in_time(project, e2b, name):
+    source = FLOW % {"canary": "-", "sandbox": "@sandbox(timeout=15)", "attack": ENDED[name]}
+    project.write("flow.py", source)
+    done = project.run("flow.py", "run")
+    assert done.code != 0
+    assert "[sandbox]" in done.output
+    assert "Traceback" not in done.output.partition("Workflow failed")[0]
+
+
+def test_daemons_that_a_step_leaves_keep_nobody_waiting(project):
+    attack = ENDED["daemons that stay"].rpartition("\n")[0] + "\n            self.mine = self.input"
+    done, _ = run(project, attack)
+    assert "SEEN [1, 2] [0, 1]" in done.ok().output
+
+
+def test_a_flood_of_output_is_cut_and_the_step_goes_on(project):
+    attack = """for _ in range(200):
+                os.write(1, b"x" * 65535 + b"\\n")
+                os.write(2, os.urandom(65535).replace(b"\\n", b"") + b"\\n")
+            self.mine = self.input"""
+    project.environment["METAFLOW_SANDBOX_MAX_OUTPUT"] = "1"
+    done, _ = run(project, attack)
+    assert "SEEN [1, 2] [0, 1]" in done.ok().output
+    assert "bytes of output were dropped" in done.output
+    assert len(done.output) < 6 << 20
+
+
+def test_a_step_that_fills_the_disk_fails_alone(project, e2b):
+    e2b.cloud(disk=64)
+    attack = """
+            with open(os.environ["HOME"] + "/full", "wb") as f:
+                try:
+                    while True: f.write(bytes(1 << 20)); f.flush()
+                except OSError as e:
+                    print("FULL", e.errno, flush=True)
+                    f.close()
+            self.mine = os.urandom(1 << 20)"""
+    done, _ = run(project, attack.strip())
+    assert "FULL 28" in done.output
+    assert done.code != 0
+    assert "Traceback" not in "".join(x for x in done.output.splitlines() if "[sandbox]" in x)
+
+
+PROFILE = r"""
+            import base64, signal
+            forged = "o " + base64.b64encode(b"mfs1 1 x forged\n").decode()
+            with open("/home/user/.bash_profile", "w") as f:
+                f.write("printf '%%s\\n' '%s' 'e !!' 'm x' 'a shell of mine'; sleep 1\n" % forged)
+                f.write("exec() { exit 0; }\n")
+            os.makedirs("/home/user/.local/bin", exist_ok=True)
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    command = open("/proc/%s/cmdline" % pid).read()
+                except OSError:
+                    continue
+                if "python3\0-I\0-S\0-c" in command and "agent.py" in command:
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(1000)"""
+
+
+def test_a_shell_that_a_step_prepares_for_the_launcher_gets_nothing_past_it(project):
+    """E2B runs each command by a login shell, whose files are the step's to write."""
+    source = FLOW % {"canary": "-", "sandbox": "@sandbox(timeout=15)", "attack": PROFILE.strip()}
+    project.write("flow.py", source)
+    done = project.run("flow.py", "run")
+    assert done.code != 0
+    assert "Traceback" not in done.output.partition("Workflow failed")[0]
+    assert not any(
+        project.client('answer = [t.finished for t in Flow("Attack").latest_run["hostile"]]')
+    )
+
+
+TAKEN_OVER = taken_over.FLOW.replace(
+    'backend="remote-like", network=False, timeout=50, disk=512, memory=1024',
+    'backend="e2b", network=False, timeout=50',
+)
+PROGRAM = taken_over.PROGRAM.replace("/sandbox/outbox", "/home/user/sandbox/outbox")
+
+
+@pytest.mark.parametrize("part", taken_over.PARTS)
+def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, part):
+    assert TAKEN_OVER != taken_over.FLOW and PROGRAM != taken_over.PROGRAM
+    attacks = {**taken_over.PARTS[part], **taken_over.CONTROL}
+    found = taken_over.outcomes(project, attacks, TAKEN_OVER, PROGRAM)
+    assert taken_over.what_got_past(attacks, found) == {}
