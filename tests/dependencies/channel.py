@@ -222,3 +222,14 @@ def make_wheel(directory, name, version, files, requires=(), tag="py3-none-any")
         for inside, text in info.items():
             archive.writestr(f"{stem}.dist-info/{inside}", text)
     return path
+
+
+def make_source(directory, name, version, files, members=()):
+    """A source distribution with these files, {name: text}, and these members of its archive."""
+    path = directory / f"{name}-{version}.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for member in members:
+            archive.addfile(member)
+        for inside, text in files.items():
+            _add(archive, f"{name}-{version}/{inside}", text.encode())
+    return path

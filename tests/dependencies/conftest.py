@@ -14,6 +14,7 @@ import pytest
 #: From pip's index, for the channel; and for pip, from a directory.
 IN_CHANNEL = ("pip", "requests", "tomli==2.2.1", "numpy==1.26.4")
 FOR_PIP = ("requests", "pydash==8.0.5", "tomli==2.0.1")
+TO_BUILD = ("setuptools", "wheel", "flit_core", "hatchling")
 
 
 @contextlib.contextmanager
@@ -45,7 +46,7 @@ def conda(shared):
             for wheel in channel.download(made / "wheels", *IN_CHANNEL):
                 channel.wheel_package(made / "channel", wheel)
             channel.index(made / "channel")
-            channel.download(made / "index", *FOR_PIP)
+            channel.download(made / "index", *FOR_PIP, *TO_BUILD)
             (made / "done").touch()
     return made
 
@@ -68,6 +69,10 @@ class Packages:
     def wheel(self, name, version, files, requires=()):
         """Puts a wheel there, with these files: {name: text}."""
         return channel.make_wheel(self.wheels, name, version, files, requires)
+
+    def source(self, name, version, files):
+        """The same for source."""
+        return channel.make_source(self.wheels, name, version, files)
 
     def environments(self):
         base = self.cache / "metaflow-sandbox/environments"

@@ -131,41 +131,82 @@ def test_the_same_package_runs_code_on_the_host_without_a_sandbox(project, packa
     assert marker.exists()
 
 
-def sdist(directory, name, code):
-    """A source distribution whose setup.py is this code."""
-    import io
-    import tarfile
-
-    path = directory / f"{name}-1.0.tar.gz"
-    files = {
-        "setup.py": code + f"\nfrom setuptools import setup\nsetup(name={name!r}, version='1.0')\n",
-        "PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
-    }
-    with tarfile.open(path, "w:gz") as archive:
-        for inside, text in files.items():
-            member = tarfile.TarInfo(f"{name}-1.0/{inside}")
-            member.size = len(text)
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return path
+SETUP = """
+try:
+    {code}
+    refused = 0
+except OSError:
+    refused = 1
+open({name!r} + ".py", "w").write(f"refused = {{refused}}")
+from setuptools import setup
+setup(name={name!r}, version="1.0", py_modules=[{name!r}])
+"""
 
 
-@pytest.mark.parametrize("how", ["by name", "by address", "by a dependency"])
-def test_source_is_never_built_on_the_host(project, packages, tmp_path, how):
+def test_source_is_built_inside_and_runs_nothing_on_the_host(project, packages, tmp_path):
     marker = tmp_path / "marker"
-    path = sdist(packages.wheels, "source", HOSTILE.format(marker=marker))
-    wanted = {"source": "1.0"}
-    if how == "by address":
-        wanted = {"source": f"@ file://{path}"}
-    if how == "by a dependency":
-        packages.wheel("middle", "1.0", {"middle.py": ""}, [f"source @ file://{path}"])
-        wanted = {"middle": "1.0"}
-    decorators = ["@bubblewrap", f"@pypi(packages={wanted!r})"]
-    done = a_step(project, decorators)
-    assert done.code != 0 and "source" in done.output
+    code = HOSTILE.format(marker=marker)
+    paths = {}
+    for name in ("named", "addressed", "needed"):
+        files = {
+            "setup.py": SETUP.format(code=code, name=name),
+            "PKG-INFO": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        }
+        paths[name] = packages.source(name, "1.0", files)
+    packages.wheel("middle", "1.0", {"middle.py": ""}, [f"needed @ file://{paths['needed']}"])
+    wanted = {"named": "1.0", "addressed": f"@ file://{paths['addressed']}", "middle": "1.0"}
+    body = "import named, addressed, needed, middle; self.found = "
+    body += "[named.refused, addressed.refused, needed.refused]"
+    a_step(project, ["@bubblewrap", f"@pypi(packages={wanted!r})"], body).ok()
+    assert answer(project) == [1, 1, 1]  # they did run, inside, and got nowhere
     assert not marker.exists()
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "-d", str(tmp_path), str(path)], capture_output=True)
-    assert marker.exists()  # the control: it would have run
+    for path in paths.values():
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*pip, "-d", str(tmp_path), str(path)], capture_output=True)
+        assert marker.exists()  # the control: it would have run
+        marker.unlink()
+
+
+PROJECT = """
+[build-system]
+requires = [{needs!r}]
+build-backend = {backend!r}
+[project]
+name = {name!r}
+version = "1.0"
+description = "-"
+dependencies = ["tomli"]
+"""
+BACKENDS = {"flit_core": "flit_core.buildapi", "hatchling": "hatchling.build"}
+
+
+@pytest.mark.heavy
+def test_source_is_built_with_what_it_asks_for(project, packages):
+    for needs, backend in BACKENDS.items():
+        name = f"by_{needs}"
+        about = PROJECT.format(name=name, needs=needs, backend=backend)
+        info = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: tomli\n"
+        files = {f"{name}.py": "import tomli", "pyproject.toml": about, "PKG-INFO": info}
+        packages.source(name, "1.0", files)
+    wanted = {"by_flit_core": "1.0", "by_hatchling": ">=1"}
+    body = "import by_flit_core, by_hatchling, importlib.util as u; "
+    body += "self.found = [by_hatchling.tomli.__name__, u.find_spec('hatchling') is None]"
+    a_step(project, ["@bubblewrap", f"@pypi(packages={wanted!r})"], body).ok()
+    assert answer(project) == ["tomli", True]
+
+
+@pytest.mark.heavy
+def test_source_that_needs_more_than_it_said_is_not_installed(project, packages):
+    files = {
+        "setup.py": "from setuptools import setup\n"
+        "setup(name='liar', version='1.0', install_requires=['tomli'])",
+        "PKG-INFO": "Metadata-Version: 2.1\nName: liar\nVersion: 1.0\n",
+    }
+    packages.source("liar", "1.0", files)
+    done = a_step(project, ["@bubblewrap", '@pypi(packages={"liar": "1.0"})'])
+    assert done.code != 0
+    assert "liar 1.0 requires tomli" in done.output and "add it to the packages" in done.output
+    assert packages.environments() == []
 
 
 FAILURES = {

@@ -1,8 +1,10 @@
 """pip resolves for the Python and the platform inside, whatever runs it."""
 
+import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import channel
@@ -76,17 +78,129 @@ def test_the_lock_has_the_hash_of_what_is_downloaded(wheels, tmp_path):
         pypi.download((wrong,), "3.12.1", LINUX, tmp_path / "bad")
 
 
-@pytest.mark.parametrize("version", ["@ git+https://example.com/a", "@ https://example.com/a.zip"])
-def test_source_by_address_is_refused_without_a_look_at_it(wheels, version):
-    with pytest.raises(DependencyError, match="is source"):
+INFO = "Metadata-Version: {}\nName: one\nVersion: 1\n"
+PROJECT = '[project]\nname = "one"\nversion = "1"\n'
+OLD_NEEDS = "b\n\n[:python_version < '3']\nc\n\n[more]\nd; python_version > '3'\n"
+SAID = {
+    "in PKG-INFO": ({"PKG-INFO": INFO.format("2.2") + "Requires-Dist: b\n"}, ["b", "one"]),
+    "nothing, in PKG-INFO that is final": (
+        {"PKG-INFO": INFO.format("2.2"), "one.egg-info/requires.txt": "b"},
+        ["one"],
+    ),
+    "in pyproject.toml": (
+        {
+            "PKG-INFO": INFO.format("2.2") + "Dynamic: Requires-Dist\n",
+            "pyproject.toml": PROJECT
+            + "dependencies = ['b']\n[project.optional-dependencies]\nmore = ['d']",
+        },
+        ["b", "d", "one"],
+    ),
+    "in pyproject.toml alone": ({"pyproject.toml": PROJECT + "dependencies = ['b']"}, ["b", "one"]),
+    "beside an old PKG-INFO": (
+        {"PKG-INFO": INFO.format("1.1"), "src/one.egg-info/requires.txt": OLD_NEEDS},
+        ["b", "d", "one"],
+    ),
+}
+RUNS = "import pathlib, sys; pathlib.Path({marker!r}).touch(); sys.exit(1)"
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_source_needs_is_read_and_it_is_not_run(wheels, tmp_path, case):
+    files, expected = SAID[case]
+    for name in "bcd":
+        channel.make_wheel(wheels, name, "1", {})
+    marker = tmp_path / "marker"
+    setup = {"setup.py": RUNS.format(marker=str(marker))}
+    source = channel.make_source(wheels, "one", "1", {**setup, **files})
+    found = pypi.solve({"one[more]": "1"}, "3.12.1", LINUX)
+    assert names(found) == expected
+    (item,) = [item for item in found if item["require_build"]]
+    assert item["build"] == ["setuptools>=40.8.0", "wheel"]
+    pypi.download((Package(item["url"], item["sha256"]),), "3.12.1", LINUX, tmp_path / "got")
+    assert (tmp_path / "got" / source.name).read_bytes() == source.read_bytes()
+    assert not marker.exists()
+
+
+def test_a_wheel_is_taken_rather_than_newer_source(wheels):
+    channel.make_wheel(wheels, "one", "1", {})
+    channel.make_source(wheels, "one", "2", {"PKG-INFO": INFO.format("2.2")})
+    (item,) = pypi.solve({"one": ">=1"}, "3.12.1", LINUX)
+    assert item["url"].endswith("one-1-py3-none-any.whl")
+
+
+def link(name, target):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, str(target)
+    return member
+
+
+UNREADABLE = {
+    "no version but by running it": (
+        {"pyproject.toml": '[project]\nname = "one"\ndynamic = ["version"]'},
+        "must be run|what it needs can't be read",
+    ),
+    "options for pip": (
+        {
+            "PKG-INFO": INFO.format("2.2"),
+            "pyproject.toml": '[build-system]\nrequires = ["--index-url=https://example.com"]',
+        },
+        "what it needs can't be read",
+    ),
+    "a huge description": ({"PKG-INFO": " " * (5 << 20)}, "larger than 4 MB"),
+    "a package from Git": (
+        {"PKG-INFO": INFO.format("2.2") + "Requires-Dist: b @ git+https://example.com/b\n"},
+        "from a repository",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_source_that_can_not_be_read_is_refused(wheels, case):
+    files, said = UNREADABLE[case]
+    channel.make_source(wheels, "one", "1", files)
+    with pytest.raises(DependencyError, match=said):
+        pypi.solve({"one": "1"}, "3.12.1", LINUX)
+
+
+def test_an_archive_of_source_writes_nowhere_else(wheels, tmp_path):
+    files = {"PKG-INFO": INFO.format("2.2"), "one.egg-info/requires.txt": "planted"}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    members = [link("one-1/one.egg-info", outside), link("one-1/PKG-INFO", outside / "PKG-INFO")]
+    source = channel.make_source(wheels, "one", "1", files, members)
+    assert len(pypi.solve({"one": "1"}, "3.12.1", LINUX)) == 1
+    assert list(outside.iterdir()) == []
+    with tarfile.open(source) as archive:  # the control
+        archive.extractall(tmp_path / "control", filter="fully_trusted")
+    assert list(outside.iterdir()) != []
+
+
+@pytest.mark.parametrize("version", ["@ git+https://example.com/a", "@ https://example.com/a"])
+def test_a_repository_is_refused_without_a_look_at_it(wheels, version):
+    with pytest.raises(DependencyError, match=r"is no file.*archive/COMMIT\.zip"):
         pypi.solve({"one": version}, "3.12.1", LINUX)
+
+
+def test_a_pip_that_would_run_source_anyway_is_stopped(wheels, tmp_path):
+    """Should pip one day ask source in another way than `pip_for.py` knows."""
+    marker = tmp_path / "marker"
+    channel.make_source(wheels, "one", "1", {"setup.py": RUNS.format(marker=str(marker))})
+    told = {"markers": {}, "sources": None}
+    program = Path(pypi.__file__).with_name("pip_for.py")
+    words = ["download", "--no-deps", f"--dest={tmp_path}", "--no-index", f"--find-links={wheels}"]
+    command = [sys.executable, "-I", str(program), json.dumps(told), *words, "one"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and "would run here" in done.stderr
+    assert not marker.exists()
 
 
 def test_pip_can_start_no_program(wheels):
     program = Path(pypi.__file__).with_name("pip_for.py")
-    script = "import runpy, subprocess, sys; sys.argv = ['x', '{}', '--version']\n"
-    script += f"try: runpy.run_path({str(program)!r}, run_name='__main__')\n"
-    script += "except SystemExit: subprocess.run(['true'])"
+    script = f"""import runpy, subprocess, sys
+sys.argv = ['x', '{{"markers": {{}}}}', '--version']
+try: runpy.run_path({str(program)!r}, run_name='__main__')
+except SystemExit: subprocess.run(['true'])
+"""
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "PermissionError" in done.stderr and "only there as source" in done.stderr
 

@@ -1,7 +1,7 @@
 """`@conda` and `@pypi`, resolved by Metaflow's own solvers as far as these only read.
 
 For `@pypi`, Metaflow makes a conda environment on the host and runs the pip in it. Here
-the host's own pip resolves for the other Python (`pip_for.py`), and takes wheels alone.
+the host's own pip resolves for the other Python (`pip_for.py`), and builds nothing.
 """
 
 from __future__ import annotations
@@ -50,12 +50,18 @@ class Solver(Micromamba):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class CondaEnvironment(Environment):
-    """Conda packages, Python among them, and wheels on top."""
+    """Conda packages, Python among them, and Python packages on top.
+
+    Attributes:
+        wheels: or source.
+        build: the wheels that source is built with.
+    """
 
     platform: str
     python_version: str
     conda: tuple[Package, ...]
     wheels: tuple[Package, ...]
+    build: tuple[Package, ...]
     solver: Solver
 
     @property
@@ -65,7 +71,7 @@ class CondaEnvironment(Environment):
 
     @property
     def lock(self) -> Any:
-        return [[p.url, p.sha256] for p in self.conda + self.wheels]
+        return [[[p.url, p.sha256] for p in kind] for kind in (self.conda, self.wheels, self.build)]
 
     def download(self, target: Path) -> Mapping[str, Path]:
         for package, path in fetch_conda(self.solver, self.conda, self.platform).items():
@@ -73,10 +79,11 @@ class CondaEnvironment(Environment):
             subdir = urlsplit(package.url).path.split("/")[-2]
             (target / "conda" / subdir).mkdir(parents=True, exist_ok=True)
             place(path, target / "conda" / subdir / path.name)
-        if self.wheels:
-            pypi.download(self.wheels, self.python_version, self.platform, target / "wheels")
-            for package in self.wheels:
-                verify(target / "wheels" / file_name(package.url), package)
+        for kind, packages in (("wheels", self.wheels), ("build", self.build)):
+            if packages:
+                pypi.download(packages, self.python_version, self.platform, target / kind)
+                for package in packages:
+                    verify(downloaded(target / kind, package), package)
         return {"micromamba": installer(self.solver, self.platform, target)}
 
 
@@ -114,14 +121,19 @@ def resolve_conda(
         conda = _hashed(environment, [*key, "conda"], conda, fetch)
         version = _python_version(conda)
         wheels: list[dict[str, Any]] = []
+        build: list[dict[str, Any]] = []
         if "pypi" in described:
             packages = described["pypi"]["packages"]
             wheels = locked("pypi", lambda: pypi.solve(packages, version, platform))
             fetch = partial(hash_wheels, python=version, platform=platform)
             wheels = _hashed(environment, [*key, "pypi"], wheels, fetch)
+            if any(pypi.is_source(item["url"]) for item in wheels):
+                build = locked("build", lambda: pypi.solve_build(wheels, version, platform))
+                build = _hashed(environment, [*key, "build"], build, fetch)
     except MetaflowException as e:
         raise DependencyError(str(e), op="resolve") from e
-    return CondaEnvironment(platform, version, _packages(conda), _packages(wheels), solver)
+    kinds = _packages(conda), _packages(wheels), _packages(build)
+    return CondaEnvironment(platform, version, *kinds, solver)
 
 
 def _packages(items: list[dict[str, Any]]) -> tuple[Package, ...]:
@@ -161,7 +173,7 @@ def hash_wheels(packages: tuple[Package, ...], python: str, platform: str) -> di
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory, "wheels")
         pypi.download(packages, python, platform, target)
-        return {p.url: digest(target / file_name(p.url)) for p in packages}
+        return {p.url: digest(downloaded(target, p)) for p in packages}
 
 
 def fetch_conda(
@@ -219,6 +231,14 @@ def _is_program(path: Path) -> bool:
 def file_name(url: str) -> str:
     """What a package's file is called."""
     return unquote(urlsplit(url).path.rsplit("/", 1)[-1])
+
+
+def downloaded(directory: Path, package: Package) -> Path:
+    """Where pip put a package. Servers may call an archive otherwise than its address does."""
+    path = directory / file_name(package.url)
+    if path.exists() or not package.sha256:
+        return path
+    return next((p for p in directory.iterdir() if digest(p) == package.sha256), path)
 
 
 def digest(path: Path) -> str:

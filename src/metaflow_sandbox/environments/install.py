@@ -4,7 +4,9 @@ BUILD has what the host downloaded:
 
     conda/SUBDIR/*     conda packages, which `micromamba` installs, and its programs
     wheels/*           Python packages, which pip installs: the environment's own, or, for
-                       one that is made of the sandbox's Python, that beside BUILD
+                       one that is made of the sandbox's Python, that beside BUILD. What is
+                       source, pip builds first
+    build/*            wheels that source is built with
     interpreter        the path of the sandbox's Python, if it is made of that
 
 Standard library only, Python 3.8 and later. It runs the code of packages' authors.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +52,33 @@ def pip(prefix: str, wheels: list[str], environment: dict[str, str]) -> None:
     run([f"{prefix}/bin/python", "-m", "pip", "install", *options, *wheels], environment)
 
 
+def from_source(prefix: str, sources: list[str], build: str, environment: dict[str, str]) -> str:
+    """Builds wheels. Returns the directory with them."""
+    wheels = os.path.join(environment["TMPDIR"], "wheels")
+    options = [
+        "--no-index", f"--find-links={build}/build", "--no-deps", "--no-cache-dir", "--no-input",
+        "--quiet", "--disable-pip-version-check", f"--wheel-dir={wheels}",
+    ]  # fmt: skip
+    run([f"{prefix}/bin/python", "-m", "pip", "wheel", *options, *sources], environment)
+    return wheels
+
+
+def check(prefix: str, built: list[str], environment: dict[str, str]) -> None:
+    """Ends this program if what was built needs more than its source had said."""
+    names = {plain(os.path.basename(wheel).split("-")[0]) for wheel in built}
+    command = [f"{prefix}/bin/python", "-m", "pip", "check", "--disable-pip-version-check"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if wrong := [line for line in done.stdout.splitlines() if plain(line.split(" ")[0]) in names]:
+        text = "\n".join(wrong)
+        print(f"{text}\nIts source doesn't say so: add it to the packages.", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def plain(name: str) -> str:
+    """A package's name as an index writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def main(prefix: str, build: str) -> None:
     # Below the prefix, which is on a disk, and so that packages need not be copied.
     place = f"{prefix}/.build"
@@ -63,7 +93,9 @@ def main(prefix: str, build: str) -> None:
         "MAMBA_NO_PROGRESS_BARS": "1",
         "PYTHONNOUSERSITE": "1",
     }
-    wheels = sorted(glob.glob(f"{build}/wheels/*.whl"))
+    packages = sorted(glob.glob(f"{build}/wheels/*"))
+    wheels = [path for path in packages if path.endswith(".whl")]
+    sources = [path for path in packages if not path.endswith(".whl")]
     if os.path.exists(f"{build}/interpreter"):
         with open(f"{build}/interpreter") as file:
             run([file.read(), "-I", "-m", "venv", "--without-pip", prefix], environment)
@@ -72,8 +104,13 @@ def main(prefix: str, build: str) -> None:
             pip(prefix, wheels, {**environment, **beside})
     else:
         conda(prefix, build, environment)
-        if wheels:
-            pip(prefix, wheels, environment)
+        built: list[str] = []
+        if sources:
+            built = glob.glob(from_source(prefix, sources, build, environment) + "/*")
+        if wheels or built:
+            pip(prefix, [*wheels, *built], environment)
+        if built:
+            check(prefix, built, environment)
     # Nobody can write here later, so this is the time to compile. What doesn't compile
     # (templates, other Pythons' files) is not our concern.
     compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]

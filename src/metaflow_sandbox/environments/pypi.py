@@ -1,6 +1,6 @@
-"""Wheels for another Python and platform, found and downloaded by this environment's pip.
+"""Packages for another Python and platform, found and downloaded by this environment's pip.
 
-Nothing is built or run: see `pip_for.py`.
+Wheels, and source where there is no wheel. Nothing is built or run: see `pip_for.py`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,25 @@ NO_PIP = (
     f"packages are found by pip, which {sys.executable} has not. Install it there: "
     "python -m ensurepip (or: uv pip install pip)"
 )
+NO_GIT = (
+    "Packages come as files: as a wheel or an archive of the source, by its address (of a Git "
+    "host's, .../archive/COMMIT.zip). Or make a wheel of it (pip wheel), and put it where your pip "
+    "looks for packages (find-links)."
+)
+#: What pip says where wheels are not enough.
+_FOR_SOURCE = re.compile("would run here|ResolutionImpossible|conflicting dependencies")
 _SECONDS = 1800
 _TAIL = 3000
 
 
+class NoWheel(DependencyError):
+    """Wheels alone do not do."""
+
+
 def solve(packages: dict[str, str], python: str, platform: str) -> list[dict[str, Any]]:
-    """The wheels that packages and what they need amount to, as Metaflow's lock has them.
+    """What packages and what they need amount to, as Metaflow's lock has it.
+
+    Wheels, if that can be. An item that is source has, under "build", what its build needs.
 
     Args:
         packages: {name: version or conditions}, as `@pypi` has them.
@@ -48,32 +61,72 @@ def solve(packages: dict[str, str], python: str, platform: str) -> list[dict[str
     Raises:
         DependencyError: there are none, with pip's reasons.
     """
+    words = _requirements(packages)
+    try:
+        return _solve(words, python, platform, sources=False)
+    except NoWheel:
+        return _solve(words, python, platform, sources=True)
+
+
+def solve_build(items: list[dict[str, Any]], python: str, platform: str) -> list[dict[str, Any]]:
+    """The wheels by which those of these items that are source are built, as `solve` has them.
+
+    Each build takes of them what it needs, so that two may want different versions.
+
+    Raises:
+        DependencyError
+    """
+    found = {}
+    for needs in {tuple(item["build"]): None for item in items if item.get("build")}:
+        try:
+            wheels = _solve(list(needs), python, platform, sources=False)
+        except NoWheel as e:
+            raise DependencyError(
+                f"to build source, {', '.join(needs)} is needed, and {e}", op="resolve"
+            ) from e
+        found.update({wheel["url"]: wheel for wheel in wheels})
+    return list(found.values())
+
+
+def _solve(words: list[str], python: str, platform: str, sources: bool) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory, "report.json")
         command = [
             "install", "--dry-run", f"--target={directory}", f"--report={report}",
-            "--upgrade-strategy=only-if-needed", *_options(python, platform),
+            "--upgrade-strategy=only-if-needed", *_options(python, platform, sources),
         ]  # fmt: skip
-        _pip([*command, *_requirements(packages)], python, platform)
+        builds = Path(directory, "builds.json")
+        _pip([*command, "--", *words], python, platform, builds if sources else None)
         found = json.loads(report.read_text())["install"]
-    return [_locked(item["download_info"]) for item in found]
+        needs = json.loads(builds.read_text()) if builds.exists() else {}
+    names = [f"{item['metadata']['name']}=={item['metadata']['version']}" for item in found]
+    return [
+        _locked(item["download_info"], needs.get(name))
+        for item, name in zip(found, names, strict=True)
+    ]
 
 
 def download(packages: tuple[Package, ...], python: str, platform: str, target: Path) -> None:
-    """Downloads wheels into a new directory; pip holds them against their hashes.
+    """Downloads packages into a new directory; pip holds them against their hashes.
 
     Raises:
         DependencyError
     """
     for package in packages:
-        refuse_source(package.url)
+        refuse_git(package.url)
     hashes = [f" --hash=sha256:{p.sha256}" if p.sha256 else "" for p in packages]
     lines = [f"{p.url}{wanted}\n" for p, wanted in zip(packages, hashes, strict=True)]
-    download_listed("".join(lines), python, platform, target, hashed=all(hashes))
+    sources = any(is_source(package.url) for package in packages)
+    download_listed("".join(lines), python, platform, target, all(hashes), sources)
 
 
 def download_listed(
-    listed: str, python: str, platform: str, target: Path, hashed: bool = True
+    listed: str,
+    python: str,
+    platform: str,
+    target: Path,
+    hashed: bool = True,
+    sources: bool = False,
 ) -> None:
     """The same for what is in pip's own format, of which it chooses what Python and platform need.
 
@@ -81,12 +134,12 @@ def download_listed(
         DependencyError
     """
     target.mkdir()
-    command = ["download", "--no-deps", f"--dest={target}", *_options(python, platform)]
+    command = ["download", "--no-deps", f"--dest={target}", *_options(python, platform, sources)]
     command += ["--require-hashes"] if hashed else []
-    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-        file.write(listed)
-        file.flush()
-        _pip([*command, f"--requirement={file.name}"], python, platform)
+    with tempfile.TemporaryDirectory() as directory:
+        file, builds = Path(directory, "requirements.txt"), Path(directory, "builds.json")
+        file.write_text(listed)
+        _pip([*command, f"--requirement={file}"], python, platform, builds if sources else None)
 
 
 def _requirements(packages: dict[str, str]) -> list[str]:
@@ -94,39 +147,46 @@ def _requirements(packages: dict[str, str]) -> list[str]:
     words = []
     for name, version in packages.items():
         if "@" in version:
-            refuse_source(version)
+            refuse_git(version)
         bare = not version or version.startswith(("<", ">", "!", "~", "@"))
         words.append(f"{name}{version}" if bare else f"{name}=={version}")
     return words
 
 
-def refuse_source(url: str) -> None:
-    """Takes nothing that would have to be built.
+def is_source(url: str) -> bool:
+    """Whether what is there has to be built."""
+    return not url.partition("#")[0].endswith(".whl")
+
+
+def refuse_git(url: str) -> None:
+    """Takes files alone.
 
     Raises:
         DependencyError
     """
-    if not url.partition("#")[0].endswith(".whl"):
-        raise DependencyError(
-            f"{url} is source, and building it would run it on this machine. Make a wheel "
-            "of it (pip wheel), and give its address, or put it where your pip looks for packages "
-            "(find-links).",
-            op="resolve",
-        )
+    if not url.partition("#")[0].endswith((".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2")):
+        raise DependencyError(f"{url} is no file. {NO_GIT}", op="resolve")
 
 
-def _locked(info: dict[str, Any]) -> dict[str, Any]:
+def _locked(info: dict[str, Any], needs: list[str] | None) -> dict[str, Any]:
     archive = info.get("archive_info") or {}
     digest = (archive.get("hashes") or {}).get("sha256", "")
     if not digest and str(archive.get("hash", "")).startswith("sha256="):
         digest = archive["hash"].partition("=")[2]
-    refuse_source(info["url"])
-    return {"url": info["url"], "require_build": False, "sha256": digest}
+    url = info["url"]
+    refuse_git(url)
+    if info.get("subdirectory"):
+        raise DependencyError(f"{url} has its package in a subdirectory. {NO_GIT}", op="resolve")
+    item = {"url": url, "require_build": is_source(url), "sha256": digest}
+    # `hash` is what Metaflow wants to read, should a step without a sandbox have the same lock.
+    return {**item, "hash": digest, "build": needs or []} if is_source(url) else item
 
 
-def _options(python: str, platform: str) -> list[str]:
+def _options(python: str, platform: str, sources: bool) -> list[str]:
     tags = pip_tags(python, platform)
-    options = ["--only-binary=:all:", "--progress-bar=off", "--quiet", "--implementation=cp"]
+    # What is in pip's cache was built here, from source that we have to know of.
+    which = ["--prefer-binary", "--no-cache-dir"] if sources else ["--only-binary=:all:"]
+    options = [*which, "--progress-bar=off", "--quiet", "--implementation=cp"]
     options += [f"--python-version={python}"]
     options += [f"--abi={abi}" for abi in dict.fromkeys(tag.abi for tag in tags)]
     options += [f"--platform={name}" for name in dict.fromkeys(tag.platform for tag in tags)]
@@ -155,10 +215,10 @@ def _sources() -> dict[str, str]:
     return {f"PIP_{n.upper().replace('-', '_')}": " ".join(t.split()) for n, t in values.items()}
 
 
-def _markers(python: str, platform: str) -> str:
+def _markers(python: str, platform: str) -> dict[str, str]:
     """What conditions of dependencies are held against."""
     short = ".".join(python.split(".")[:2])
-    markers = {
+    return {
         **markers_from_platform(platform),
         "os_name": "posix",
         "sys_platform": "linux",
@@ -168,11 +228,11 @@ def _markers(python: str, platform: str) -> str:
         "python_full_version": python,
         "python_version": short,
     }
-    return json.dumps(markers)
 
 
-def _pip(words: list[str], python: str, platform: str) -> None:
-    command = [sys.executable, "-I", str(_PROGRAM), _markers(python, platform)]
+def _pip(words: list[str], python: str, platform: str, sources: Path | None) -> None:
+    told = {"markers": _markers(python, platform), "sources": str(sources) if sources else None}
+    command = [sys.executable, "-I", str(_PROGRAM), json.dumps(told)]
     command += ["--disable-pip-version-check", "--no-color", "--no-input", *words]
     others = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     environment = {**others, **_sources(), "PIP_CONFIG_FILE": os.devnull}
@@ -192,11 +252,20 @@ def _pip(words: list[str], python: str, platform: str) -> None:
     said = done.stderr
     if "No module named 'pip'" in said:
         raise DependencyError(NO_PIP, op="resolve")
-    if found := re.search(r"No matching distribution found for (.*)", said):
+    if "No permission to execute" in said:
+        raise DependencyError(f"a package is asked for from a repository. {NO_GIT}", op="resolve")
+    if found := re.search(r"ERROR: (.*) is source that must be run: (.*)", said):
         raise DependencyError(
+            f"{found[1]} is source, and what it needs can't be read: {found[2]}. Make a wheel of "
+            "it (pip wheel), and put it where your pip looks for packages (find-links).",
+            op="resolve",
+        )
+    if found := re.search(r"No matching distribution found for (.*)", said):
+        raise NoWheel(
             f"there is no wheel of {found[1]} for Python {python} on {platform} where pip "
-            "looks for packages. Source is not built.",
+            f"looks for packages{', nor source' if sources else ''}.",
             op="resolve",
         )
     errors = [line for line in said.splitlines() if not line.startswith("WARNING")]
-    raise DependencyError(f"pip failed.\n{chr(10).join(errors)[-_TAIL:]}", op="resolve")
+    kind = NoWheel if _FOR_SOURCE.search(said) else DependencyError
+    raise kind(f"pip failed.\n{chr(10).join(errors)[-_TAIL:]}", op="resolve")

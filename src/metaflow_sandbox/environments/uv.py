@@ -78,5 +78,11 @@ def resolve_uv(environment: Any, platform: str, version: str, interpreter: str) 
         raise DependencyError(f"uv can't read {project / 'uv.lock'}:\n{done.stderr}", op="resolve")
     for line in done.stdout.splitlines():
         if " @ " in line:
-            pypi.refuse_source(line.partition(" @ ")[2].split(" ;")[0].split(" \\")[0].strip())
+            url = line.partition(" @ ")[2].split(" ;")[0].split(" \\")[0].strip()
+            if pypi.is_source(url):
+                raise DependencyError(
+                    f"{url} is source, which is not built for --environment=uv, since uv.lock "
+                    "doesn't say with what. Make a wheel of it (uv build), and name that.",
+                    op="resolve",
+                )
     return UvEnvironment(platform, version, interpreter, done.stdout)
