@@ -96,6 +96,36 @@ class Project:
             pytest.fail("the flow hangs:\n" + output.decode(errors="replace")[-5000:])
         return Finished(process.returncode, output.decode(errors="replace"))
 
+    def stopped(self, decorator):
+        """Runs a flow whose second step has this decorator, which stops it before any step."""
+        self.write(
+            "flow.py",
+            f"""
+            from metaflow import FlowSpec, bubblewrap, step
+
+            class Stopped(FlowSpec):
+                @step
+                def start(self):
+                    self.next(self.inside)
+
+                {decorator}
+                @step
+                def inside(self):
+                    self.next(self.end)
+
+                @step
+                def end(self):
+                    pass
+
+            if __name__ == "__main__":
+                Stopped()
+            """,
+        )
+        done = self.run("flow.py", "run")
+        assert done.code != 0
+        assert "Task is starting" not in done.output
+        return done.output
+
     def client(self, source, env=None):
         """Runs a script with Metaflow's client; it leaves its answer in `answer`."""
         script = (

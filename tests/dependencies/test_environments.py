@@ -232,11 +232,21 @@ def test_a_package_that_is_not_what_the_lock_says_is_refused(project, packages):
     decorators = ["@bubblewrap", '@pypi(packages={"thing": "1.0"})']
     a_step(project, decorators, "import thing").ok()
     subprocess.run([*COMMAND, "cache", "clear"], env=project.environment, check=True)
+    good = path.read_bytes()
     packages.wheel("thing", "1.0", {"thing.py": "good = 0\n"})
-    assert path.exists()
     done = a_step(project, decorators, "import thing")
     assert done.code != 0
     assert "HASH" in done.output.upper()
+    assert "Task is starting" not in done.output
+    # The same for a conda package, which micromamba has in its own cache.
+    path.write_bytes(good)
+    (conda,) = (project.directory.parent / "mamba/pkgs").glob("pip-*.tar.bz2")
+    with open(conda, "ab") as file:
+        file.write(b"more")
+    done = a_step(project, decorators, "import thing")
+    assert done.code != 0
+    assert "is not what the lock says" in done.output
+    assert "--force-rebuild-environments" in done.output
     assert "Task is starting" not in done.output
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -297,30 +298,25 @@ def test_an_image_and_packages_on_top_of_it(project, shared_packages, conda, tmp
 
 def test_what_can_not_be_the_python_is_said_before_any_step(project, tmp_path):
     root = images.root_file_system(tmp_path / "rootfs")
-    script = f'@bubblewrap(image="{root}", executable="/bin/cat")'
-    project.write(
-        "flow.py",
-        f"""
-        from metaflow import FlowSpec, bubblewrap, step
+    said = project.stopped(f'@bubblewrap(image="{root}", executable="/bin/cat")')
+    assert "/bin/cat is no Python in the image" in said
 
-        class Deps(FlowSpec):
-            {script}
-            @step
-            def start(self):
-                self.next(self.end)
 
-            @step
-            def end(self):
-                pass
-
-        if __name__ == "__main__":
-            Deps()
-        """,
-    )
-    done = project.run("flow.py", "run")
+def test_netflixs_environments_are_refused_with_what_to_do(project, tmp_path):
+    wheel = ["--no-deps", "--dest", str(tmp_path), "metaflow-netflixext"]
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheel], check=True)
+    (found,) = tmp_path.glob("metaflow_netflixext-*.whl")
+    with zipfile.ZipFile(found) as archive:
+        archive.extractall(tmp_path / "netflix")
+    env = {
+        "PYTHONPATH": f"{tmp_path / 'netflix'}:{project.environment['PYTHONPATH']}",
+        "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(tmp_path / "store"),
+        "METAFLOW_CONDA_REMOTE_COMMANDS": '["bubblewrap"]',
+    }
+    done = a_step(project, ["@bubblewrap"], kind="conda", env=env)
     assert done.code != 0
-    assert "/bin/cat is no Python in the image" in done.output
-    assert "Task is starting" not in done.output
+    assert "netflixext" in done.output and "image=" in done.output
+    assert "Task is starting" not in done.output and "Traceback" not in done.output
 
 
 @pytest.mark.heavy

@@ -227,7 +227,11 @@ class Daytona(Backend):
         builder = f"{name}-builder"
         while not await snapshots.usable(sdk, name, say):
             await snapshots.forget_failed(sdk, name)
-            spec = SandboxSpec({"metaflow-purpose": "prepare"}, lifetime=snapshots.BUILD_SECONDS)
+            spec = SandboxSpec(
+                {"metaflow-purpose": "prepare"},
+                lifetime=snapshots.BUILD_SECONDS,
+                network=False if "none" in self.limits().network else None,
+            )
             try:
                 sandbox = await self._make(spec, base, builder)
             except SandboxError as e:
