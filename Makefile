@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged bench bench-start bench-deps bench-pickles deps faults fuzz soak large docs clean
+.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-deps bench-pickles deps faults fuzz soak large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,16 @@ test-containers: $(VENV)/dev
 # The same as a user who gets to Docker by its group alone, which only root can arrange.
 test-containers-unprivileged: $(VENV)/dev
 	$(BIN)/python tests/contract/engines.py scripts/as-unprivileged-user make test-containers
+
+# All attacks, as root and as a user without rights, and their results into docs/attacks.md.
+attacks: $(VENV)/dev
+	results=$$(mktemp -d /var/tmp/attacks.XXXXXX); chmod 1777 $$results; \
+	$(MAKE) attacks-once REPORT=$$results/root.xml; \
+	scripts/as-unprivileged-user make attacks-once REPORT=$$results/user.xml; \
+	$(BIN)/python scripts/attack-table $$results/*.xml; rm -rf $$results
+
+attacks-once: $(VENV)/dev
+	$(BIN)/python -m pytest -q -n 2 tests/attacks tests/flows/test_never_bare.py --junitxml=$(REPORT)
 
 # Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev

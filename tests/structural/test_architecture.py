@@ -32,11 +32,12 @@ DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 LAYERS = {
     "errors": set(),
     "concurrency": set(),
+    "settings": {"errors"},
     "leases": {"errors"},
-    "cache": {"errors", "concurrency"},
+    "cache": {"errors", "concurrency", "settings"},
     "agent": {"errors"},
     "egress": set(),
-    "backends": {"errors", "concurrency", "leases", "egress", "cache"},
+    "backends": {"errors", "concurrency", "leases", "egress", "cache", "settings"},
     "environments": {"errors", "backends"},
     "admission": {"errors"},
     "launch": {
@@ -50,6 +51,7 @@ LAYERS = {
         "admission",
         "egress",
         "manage",
+        "settings",
     },
     "testing": {"errors", "backends"},
     "manage": {"errors", "leases", "backends"},

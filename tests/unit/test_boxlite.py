@@ -366,6 +366,24 @@ def test_a_microvm_that_has_ended_is_gone(kind, tmp_path):
     assert type(error) is SandboxGone
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ('{"type":"signal","exit_code":159,"signal":"SIGSYS"}', "df, statvfs"),
+        ('{"type":"signal","exit_code":137,"signal":"SIGKILL"}', "ended by SIGKILL"),
+        ('{"type":"code","exit_code":0}', None),
+        ("not JSON", None),
+        ("[]", None),
+    ],
+)
+def test_how_a_microvm_ended_is_read_from_what_boxlite_left(record, said, tmp_path):
+    box = tmp_path / "boxes" / "one"
+    box.mkdir(parents=True)
+    (box / "exit.previous").write_text(record)
+    found = faults.how_it_ended(tmp_path)
+    assert found is None if said is None else said in found
+
+
 def test_what_a_guest_said_is_shown_without_control_characters(tmp_path):
     logs = tmp_path / "boxes" / "x" / "logs"
     logs.mkdir(parents=True)

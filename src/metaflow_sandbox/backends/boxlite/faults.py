@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import sys
@@ -30,6 +31,21 @@ class BadImage(SandboxError):
 def starts_slowly(error: SandboxError) -> bool:
     """Whether a guest was not ready in the time that boxlite gives it, and so may be next time."""
     return error.code == _SLOW_START
+
+
+def how_it_ended(home: Path) -> str | None:
+    """What boxlite wrote down of the end of a microVM's process, in words; None if nothing."""
+    for record in home.glob("boxes/*/exit*"):  # exit, exit.previous
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            signal = json.loads(record.read_text()).get("signal")
+            if signal == "SIGSYS":
+                return (
+                    "boxlite's own filter of system calls ended the microVM. Asking for the free "
+                    "space of a directory of inputs does that (df, statvfs; boxlite 0.10.8)"
+                )
+            if signal:
+                return f"the microVM's process was ended by {str(signal)[:20]}"
+    return None
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from ...errors import SandboxError, SandboxGone
 from ...leases import Lease
 from ..base import Sandbox, SandboxSpec, Sink, discard
 from . import inside, network, processes
-from .faults import explained, starts_slowly
+from .faults import explained, how_it_ended, starts_slowly
 from .operation import PROGRAM, Life, operation
 from .runtime import Runtime
 
@@ -192,7 +192,8 @@ class BoxliteSandbox(Sandbox):
     def _why_gone(self) -> str:
         if self._expired:
             return "the microVM was ended, since its lifetime was over"
-        return self.diagnose() or "the microVM has ended"
+        how = how_it_ended(self._lease.path / "home")
+        return self.diagnose() or how or "the microVM has ended"
 
     @contextlib.asynccontextmanager
     async def _operation(self, request: dict[str, Any]) -> AsyncIterator[Any]:
