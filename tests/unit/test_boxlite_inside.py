@@ -279,6 +279,15 @@ async def test_the_proxy_answers_at_the_port(port, tmp_path):
     assert "other.invalid:443" in proxy.refusals
 
 
+@pytest.mark.usefixtures("port")
+async def test_a_proxy_ends_in_peace_after_its_microvm(tmp_path):
+    machine = Machine()
+    async with network._serving(machine.begin, Rules(("allowed.invalid",)), tmp_path):
+        for process in machine.processes:
+            process.kill()
+            await process.wait()
+
+
 async def test_a_number_that_does_not_wait_is_refused(port, tmp_path):
     async with listening(tmp_path / "s", echo):
         request = {"op": "connect", "port": port, "number": 77}

@@ -226,7 +226,8 @@ async def _first_boot(backend: Boxlite, image: str, layout: Path, name: str, say
     async with alone(f"looked-over/{name}") as record:
         if not record.exists():
             await say(f"making a disk of the image {image}")
-            sandbox = await BoxliteSandbox.start(backend, SandboxSpec(memory=_MEMORY), layout)
+            spec = SandboxSpec(memory=_MEMORY, network=False)
+            sandbox = await BoxliteSandbox.start(backend, spec, layout)
             try:
                 done = await sandbox.run([backend.python, "-I", "-c", _VERSION])
             finally:

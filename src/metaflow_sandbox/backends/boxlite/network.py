@@ -105,7 +105,7 @@ async def _listen(begin: Begin, path: str, ready: anyio.Event) -> None:
             with contextlib.suppress(SandboxError, OSError, *_BROKEN):
                 await _carry(begin, path, number)
 
-    with contextlib.suppress(SandboxGone, ConnectionLost, ProtocolError):
+    with contextlib.suppress(SandboxGone, ConnectionLost, ProtocolError), plain_errors():
         async with anyio.create_task_group() as tasks:
             async with begin({"op": "listen", "port": PORT}) as operation:
                 while True:
