@@ -49,21 +49,19 @@ test-bubblewrap: $(VENV)/dev
 		tests/attacks/test_images.py tests/attacks/test_inside.py tests/attacks/test_isolation.py \
 		tests/attacks/test_network.py tests/faults/test_faults.py
 
-# Without what `test-containers` runs: that has to be seen green on idle machines a few times before
-# everything else may wait for it.
-BY_THEMSELVES = $(wildcard tests/*/test_docker*.py)
 test-flows: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/dependencies \
-		tests/attacks tests/faults $(addprefix --ignore=,$(BY_THEMSELVES))
+		tests/attacks tests/faults
 
 # Daytona's sandboxes attacked, and broken at every point, on the emulated service; `make test`
 # runs a part that changes with the commit.
 test-daytona: $(VENV)/dev
 	FAULTS=all $(BIN)/python -m pytest -q tests/attacks/test_daytona.py tests/faults/test_daytona.py
 
-# Containers of Docker and Podman, all of the contract on both; `make test` runs a part.
+# Containers of Docker and Podman: all of the contract on both, of the flows and of the attacks;
+# `make test` runs the contract on Docker, and a part of the rest that changes with the commit.
 test-containers: $(VENV)/dev
-	CONTAINERS=all $(BIN)/python -m pytest -q $(wildcard tests/*/test_docker*.py)
+	SUITE=all $(BIN)/python -m pytest -q $(wildcard tests/*/test_docker*.py)
 
 # The same as a user who gets to Docker by its group alone, which only root can arrange.
 test-containers-unprivileged: $(VENV)/dev

@@ -19,7 +19,7 @@ def commit():
 def take_part(items):
     """Divides collected tests into those that run and those that another commit runs."""
     kept, left = [], []
-    chosen_by = None if _whole() else commit()
+    chosen_by = None if whole() else commit()
     for item in items:
         mark = item.get_closest_marker("sample")
         if mark is None or chosen_by is None:
@@ -33,10 +33,11 @@ def take_part(items):
 
 def said():
     """Which part runs, for who reads a report."""
-    if _whole():
+    if whole():
         return "SUITE=all: nothing that is sampled was left out."
     return f"Of what is marked `sample`, the part of {commit()[:9]}; SUITE=all runs all of it."
 
 
-def _whole():
+def whole():
+    """Whether nothing is left out."""
     return os.environ.get("SUITE") == "all"

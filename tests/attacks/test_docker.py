@@ -36,7 +36,8 @@ ITS_OWN = {
     "become root": "of the container, with what dpkg needs and no more",
     "hold capabilities": "those",
 }
-ALL = os.environ.get("CONTAINERS") == "all"
+#: What takes longer than a container; the attacks by which one is looked at share it.
+some = pytest.mark.sample(0.3)
 CAPABILITIES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 31
 
 
@@ -82,7 +83,7 @@ def test_the_attack_fails_in_a_container(outcomes, attack):
     assert outcomes[attack.name].startswith(expected)
 
 
-@pytest.mark.skipif(not ALL, reason="NOT CHECKED here: make test-containers does")
+@pytest.mark.sample(0.1)
 @pytest.mark.skipif(os.getuid() != 0, reason="NOT CHECKED as an ordinary user: needs root's files")
 def test_the_attacks_fail_in_a_container_of_podmans(podman):
     reached = {name for name, came in attack_all().items() if came.startswith("reached")}
@@ -134,6 +135,7 @@ async def test_a_container_shares_no_namespace_but_of_users_and_has_no_network_d
     assert rest == "['lo'] {'/\\n'}"
 
 
+@some
 @pytest.mark.anyio
 async def test_processes_are_counted_and_what_takes_them_all_ends_nothing_else(sandbox):
     script = """
@@ -174,6 +176,7 @@ print("done")
     assert await python(sandbox, script) == "done"
 
 
+@some
 @pytest.mark.anyio
 async def test_a_flood_of_connections_is_bounded_and_harms_nobody(sandbox):
     script = """
@@ -195,6 +198,7 @@ print(len(made))
     assert (await sandbox.run(["echo", "well"])).stdout == b"well\n"
 
 
+@some
 @pytest.mark.anyio
 async def test_what_stops_and_kills_all_it_can_ends_with_its_client(sandbox, docker):
     script = """
@@ -225,6 +229,7 @@ while True: time.sleep(1)
             await anyio.sleep(0.2)
 
 
+@some
 @pytest.mark.anyio
 async def test_a_volume_of_an_image_is_no_way_to_the_engines_disk(docker):
     with_volume = "volume:1"
@@ -244,6 +249,7 @@ async def test_a_volume_of_an_image_is_no_way_to_the_engines_disk(docker):
     assert said == "No space left on device"
 
 
+@some
 @pytest.mark.anyio
 async def test_proxies_of_the_clients_configuration_stay_outside(docker, tmp_path, monkeypatch):
     url = "http://user:s3cret@proxy.corp.example:3128"
@@ -260,6 +266,7 @@ async def test_proxies_of_the_clients_configuration_stay_outside(docker, tmp_pat
     assert "corp.example" not in inspected + said
 
 
+@some
 @pytest.mark.anyio
 async def test_no_container_outlives_its_launcher_that_is_killed(docker):
     script = (
@@ -282,10 +289,8 @@ async def test_no_container_outlives_its_launcher_that_is_killed(docker):
         time.sleep(0.2)
 
 
-@pytest.mark.skipif(
-    not ALL or os.getuid() != 0,
-    reason="NOT CHECKED here, as it takes minutes and root: make test-containers does",
-)
+@pytest.mark.sample(0.05)  # of a minute and more
+@pytest.mark.skipif(os.getuid() != 0, reason="NOT CHECKED as an ordinary user: needs an engine")
 def test_no_container_outlives_its_engine_that_is_killed(monkeypatch):
     """An engine of its own, which is killed and started again."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:  # a short name, for sockets

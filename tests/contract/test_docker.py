@@ -1,30 +1,11 @@
-"""Docker and Podman keep the contract: where they see this machine's files, and where they don't.
+"""Docker and Podman keep the contract, where they see the files of this machine and where not."""
 
-The second and the third class run a sample; `make test-containers` runs all of them.
-"""
-
-import os
 from dataclasses import replace
 
 import pytest
 
 from metaflow_sandbox.backends.docker import Docker
 from metaflow_sandbox.testing import BackendContract
-
-ALL = os.environ.get("CONTAINERS") == "all"
-SAMPLE = {
-    "test_sandboxes_are_found_by_their_labels_and_destroyed_by_their_id",
-    "test_a_sandbox_ends_with_its_lifetime",
-    "test_a_creation_that_is_cancelled_leaves_nothing",
-    "test_streams_are_apart_and_carry_any_byte",
-    "test_cancelling_ends_the_whole_tree",
-    "test_errors_of_files_are_the_built_in_ones",
-    "test_mounts_are_delivered",
-    "test_a_mount_may_be_an_archive_where_it_is_not_bound",
-    "test_memory_of_many_processes_is_limited_together",
-    "test_disk_is_limited_where_that_is_declared",
-    "test_this_machine_is_never_part_of_the_network",
-}
 
 
 class TestDocker(BackendContract):
@@ -33,14 +14,8 @@ class TestDocker(BackendContract):
         return Docker()
 
 
-class Sampled(BackendContract):
-    @pytest.fixture(autouse=True)
-    def chosen(self, request):
-        if not ALL and request.node.originalname not in SAMPLE:
-            pytest.skip("NOT CHECKED here: make test-containers does")
-
-
-class TestDockerElsewhere(Sampled):
+@pytest.mark.sample(0.12)
+class TestDockerElsewhere(BackendContract):
     """An engine on another machine, or in one beside this: inputs are copied."""
 
     @pytest.fixture
@@ -50,7 +25,8 @@ class TestDockerElsewhere(Sampled):
         return backend
 
 
-class TestPodman(Sampled):
+@pytest.mark.sample(0.12)
+class TestPodman(BackendContract):
     @pytest.fixture
     def backend(self, podman):
         return Docker()

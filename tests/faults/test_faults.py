@@ -26,9 +26,8 @@ SIGNALS = {
     "step": ("SIGKILL",),
 }
 #: How each backend is asked for. A new one is one line.
-# Containers are asked for by FAULTS=all alone, until each case was seen on an idle machine.
 BACKENDS = ("bubblewrap", "remote-like")
-if os.environ.get("FAULTS") == "all":
+if os.getuid() == 0 or "TEST_DOCKERD" in os.environ:  # whoever can have an engine
     BACKENDS += ("docker",)
 SAMPLE = 10
 PROMISED_SECONDS = 15

@@ -11,6 +11,7 @@ import images
 import pytest
 import registry
 
+pytestmark = pytest.mark.sample(0.3)
 SANDBOX = "metaflow-sandbox"
 
 
