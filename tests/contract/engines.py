@@ -46,11 +46,17 @@ def locked(path):
         yield
 
 
+def fresh(path):
+    return path.exists() and time.time() - path.stat().st_mtime < CACHE_SECONDS
+
+
 def root_file_system():
     """An archive of a small Debian with Python, dpkg and apt; made once a month."""
     archive = CACHE / "debian.tar"
+    if fresh(archive):  # another user's, perhaps
+        return archive
     with locked(CACHE / "lock"):
-        if not archive.exists() or time.time() - archive.stat().st_mtime > CACHE_SECONDS:
+        if not fresh(archive):
             new = CACHE / "new.tar"
             subprocess.run(
                 ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3", "bookworm",
@@ -82,7 +88,11 @@ class Dockerd:
             users = self._users() + 1
             if users == 1:
                 self.start()
-                self.docker("import", str(root_file_system()), IMAGE)
+                try:
+                    self.docker("import", str(root_file_system()), IMAGE)
+                except BaseException:
+                    self.stop()
+                    raise
             (self.directory / "users").write_text(str(users))
         return self
 
@@ -109,6 +119,7 @@ class Dockerd:
         deadline = time.monotonic() + START_SECONDS
         while self.docker("info", check=False).returncode != 0:
             if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
                 raise AssertionError((self.directory / "log").read_text()[-3000:])
             time.sleep(0.2)
 
