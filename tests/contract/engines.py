@@ -168,8 +168,8 @@ class Podman:
     @classmethod
     @contextlib.contextmanager
     def there(cls):
-        # It takes no directory with a name of over 50 characters, as pytest's are.
-        with tempfile.TemporaryDirectory() as directory:
+        # It takes no directory with a name of over 50 characters, as those of tests may be.
+        with tempfile.TemporaryDirectory(dir="/tmp") as directory:
             engine = cls(Path(directory))
             try:
                 engine.docker("import", str(root_file_system()), IMAGE)
