@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
-.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-deps bench-pickles deps faults fuzz soak large docs clean
+.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-e2b bench-deps bench-pickles deps faults fuzz soak large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -77,9 +77,10 @@ attacks: $(VENV)/dev
 attacks-once: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/attacks tests/flows/test_never_bare.py --junitxml=$(REPORT)
 
-# Every fault at every boundary; `make test` runs a part that changes with the commit.
+# Every fault at every boundary, and every attack on E2B's sandboxes; `make test` runs a part that
+# changes with the commit.
 faults: $(VENV)/dev
-	FAULTS=all $(BIN)/python -m pytest -q -n 2 tests/faults
+	FAULTS=all SUITE=all $(BIN)/python -m pytest -q -n 2 tests/faults tests/attacks/test_e2b.py
 
 # Every kind of environment, with large packages and other Pythons; `make test` runs a part.
 deps: $(VENV)/dev
@@ -103,6 +104,10 @@ test-matrix:
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/step_overhead.py
+
+# What a small step costs on the emulated E2B, near and far.
+bench-e2b: $(VENV)/dev
+	$(BIN)/python benchmarks/e2b.py
 
 bench-start: $(VENV)/dev
 	$(BIN)/python benchmarks/start.py

@@ -1,7 +1,8 @@
 """Hostile steps in E2B's sandboxes, and every byte that the service is sent.
 
-On the emulated service. What `test_boundary.py` and `test_taken_over.py` try, as far as the way
-out of a sandbox is another here; their positive controls are there, too.
+On the emulated service; a commit runs a part of what takes long, `make faults` all of it. What
+`test_boundary.py` and `test_taken_over.py` try, as far as the way out of a sandbox is another here;
+their positive controls are there, too.
 """
 
 import gzip
@@ -111,6 +112,7 @@ ENDED = {
 }
 
 
+@pytest.mark.sample(0.3)
 @pytest.mark.parametrize("name", ENDED)
 def test_a_step_that_ends_or_outlasts_what_holds_it_is_ended_in_time(project, e2b, name):
     source = FLOW % {"canary": "-", "sandbox": "@sandbox(timeout=15)", "attack": ENDED[name]}
@@ -191,6 +193,7 @@ TAKEN_OVER = taken_over.FLOW.replace(
 PROGRAM = taken_over.PROGRAM.replace("/sandbox/outbox", "/home/user/sandbox/outbox")
 
 
+@pytest.mark.sample(0.4)
 @pytest.mark.parametrize("part", taken_over.PARTS)
 def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, part):
     assert TAKEN_OVER != taken_over.FLOW and PROGRAM != taken_over.PROGRAM

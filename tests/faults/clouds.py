@@ -1,21 +1,18 @@
 """Faults in an attempt's life in a cloud's sandbox, and what is left of it, here and there.
 
-What the tests of each cloud share. A cloud is an emulator with `environment`, `fault`, `drop`,
-`living`, `evict`, `advance` and `wait_until_none_lives`. `FAULTS=all` runs the whole matrix;
-otherwise a part that changes with the commit.
+A cloud is an emulator with `environment`, `fault`, `drop`, `living`, `evict`, `advance` and
+`wait_until_none_lives`. A commit runs a part of its tests, `make faults` all.
 """
 
-import hashlib
 import itertools
 import os
-import random
 import re
 import signal
 import time
 from pathlib import Path
 
 import points
-from test_faults import commit, wait_for
+from test_faults import wait_for
 
 SIGNALS = {
     "client": ("SIGINT", "SIGTERM", "SIGKILL"),
@@ -24,7 +21,6 @@ SIGNALS = {
     "provider": ("eviction", "drop"),
 }
 MARKS = {"client": b"launch/client.py\0", "supervisor": b"\0sandbox\0supervise\0"}
-SAMPLE, SAMPLE_OF_CONNECTIONS = 4, 3
 PROMISED_SECONDS = 20
 _HAS_SANDBOX = ("created", "starting", "running", "exited", "collecting")
 MATRIX = [
@@ -58,22 +54,6 @@ FLOW = """
     if __name__ == "__main__":
         Faulty()
 """
-
-
-def sample(of, backend, size):
-    """All of it, or a part that changes with the commit."""
-    if os.environ.get("FAULTS") == "all":
-        return list(of)
-    chosen = random.Random(hashlib.sha256(f"{backend} {commit()}".encode()).digest())
-    return sorted(chosen.sample(sorted(of), size))
-
-
-def cases(backend):
-    return sample(MATRIX, backend, SAMPLE)
-
-
-def connections(of, backend):
-    return sample(of, backend, SAMPLE_OF_CONNECTIONS)
 
 
 def prepare(project, cloud, backend):

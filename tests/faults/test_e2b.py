@@ -37,12 +37,14 @@ def faulty(project, e2b):
     return clouds.prepare(project, e2b, "e2b")
 
 
-@pytest.mark.parametrize(("point", "who", "name"), clouds.cases("e2b"))
+@pytest.mark.sample(0.05)
+@pytest.mark.parametrize(("point", "who", "name"), clouds.MATRIX)
 def test_after_a_fault_nothing_is_left_here_or_there(faulty, e2b, point, who, name):
     clouds.meet(faulty, e2b, "e2b", point, who, name)
 
 
-@pytest.mark.parametrize("name", clouds.connections(CONNECTIONS, "e2b"))
+@pytest.mark.sample(0.2)
+@pytest.mark.parametrize("name", CONNECTIONS)
 def test_a_bad_connection_is_survived_and_the_step_runs_once(faulty, e2b, name):
     match, fault = CONNECTIONS[name]
     assert clouds.connect(faulty, e2b, match, fault) == ["SIDE EFFECT 0"]
