@@ -159,7 +159,7 @@ def test_a_fault_is_an_error_of_its_class_and_the_sandbox_can_be_destroyed(
 CREATION = [
     ({"status": 401, "body": {"code": 401, "message": "no"}}, "backend_unavailable", None),
     ({"status": 403, "body": {"code": 403, "message": "no"}}, "backend_unavailable", None),
-    ({"status": 429, "body": {"code": 429, "message": "slow"}}, "rate_limited", True),
+    ({"status": 429, "body": {"code": 429, "message": "slow"}}, "no_place", True),
     ({"status": 429, "body": {"code": 429, "message": "concurrent"}}, "no_place", True),
     ({"status": 503, "body": {"code": 503, "message": "no room"}}, "busy", True),
     ({"status": 500, "body": {"code": 500, "message": "sorry"}}, "provider_failed", True),
@@ -247,6 +247,27 @@ def test_an_image_whose_python_has_another_name_can_be_used_by_it(account):
     with pytest.raises(SandboxError, match="it has no python3, 3.8 or later") as raised:
         anyio.run(E2B().prepare, Recipe("busybox"))
     assert raised.value.code == "no_python"
+
+
+def test_a_launch_waits_for_a_place_when_others_have_all_of_them(account):
+    said = []
+
+    async def say(line):
+        said.append(line)
+
+    async def launch():
+        account.cloud(concurrent=1)
+        other = await E2B().create(SandboxSpec())
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(E2B().prepare, Recipe(options={"template": "base"}), say)
+            while not said:
+                await anyio.sleep(0.1)
+            await other.destroy()
+
+    anyio.run(launch)
+    (line,) = said
+    assert "METAFLOW_SANDBOX_CONCURRENT=e2b=…" in line
+    assert account.living() == []
 
 
 def test_a_connection_that_drops_while_a_template_is_looked_at_is_not_taken_for_want_of_python(

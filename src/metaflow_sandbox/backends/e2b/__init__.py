@@ -13,8 +13,10 @@ import hashlib
 import importlib
 import math
 import os
+import random
 import shlex
 import sys
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +25,14 @@ import anyio
 import anyio.lowlevel
 
 from ...concurrency import blocking
-from ...errors import NOT_SET_UP, BackendUnavailable, ConnectionLost, NotEnforceable, SandboxError
+from ...errors import (
+    NO_PLACE,
+    NOT_SET_UP,
+    BackendUnavailable,
+    ConnectionLost,
+    NotEnforceable,
+    SandboxError,
+)
 from ...settings import number
 from ..base import (
     Backend,
@@ -47,6 +56,7 @@ _END_MARGIN = 60.0  # what a step's sandbox needs before and after it
 _CREATION = "metaflow-creation"  # a label of ours, by which one is found whose answer got lost
 _CREATIONS = 3  # how often one is asked for whose answer gets lost
 _CHECK_SECONDS = 60.0
+_PLACE_SECONDS = 1800.0  # that others of the account are waited for
 _CHECK = "import sys; sys.exit(sys.version_info < (3, 8))"
 
 
@@ -79,7 +89,8 @@ class E2B(Backend):
 
     def account(self) -> str:
         key = hashlib.sha256(os.environ.get("E2B_API_KEY", "").encode()).hexdigest()
-        return f"{os.environ.get('E2B_DOMAIN', '')} {key}"
+        where = os.environ.get("E2B_API_URL") or os.environ.get("E2B_DOMAIN") or ""
+        return f"{where} {key}"
 
     async def _sdk(self) -> Any:
         """The SDK, whose import takes a second or two: other tasks go on meanwhile.
@@ -127,34 +138,36 @@ class E2B(Backend):
             )
         if not templates.needed(recipe):
             if own is not None:
-                await self._check(sdk, recipe, own, f"template={own!r}")
+                await self._check(sdk, recipe, own, f"template={own!r}", say)
             return Prepared()
         name = await blocking(lambda: templates.name_of(recipe))
         what = f"image={recipe.image!r}" if recipe.image else "the template"
         async with templates.alone(name):
             # One that is there may still be built elsewhere, or its build may have failed.
-            if not await templates.exists(name) or not await self._usable(sdk, recipe, name, what):
+            if not await templates.exists(name) or not await self._usable(
+                sdk, recipe, name, what, say
+            ):
                 await templates.build(recipe, name, say)
-                await self._check(sdk, recipe, name, what)
+                await self._check(sdk, recipe, name, what, say)
         return Prepared(name)
 
-    async def _usable(self, sdk: Any, recipe: Recipe, template: str, what: str) -> bool:
+    async def _usable(self, sdk: Any, recipe: Recipe, template: str, what: str, say: Say) -> bool:
         try:
-            await self._check(sdk, recipe, template, what)
+            await self._check(sdk, recipe, template, what, say)
         except SandboxError as e:
             if e.code != "no_template":
                 raise
             return False
         return True
 
-    async def _check(self, sdk: Any, recipe: Recipe, template: str, what: str) -> None:
+    async def _check(self, sdk: Any, recipe: Recipe, template: str, what: str, say: Say) -> None:
         """Makes one sandbox of a template and looks for Python in it.
 
         Raises:
             SandboxError: there is no such template ("no_template"), or no Python in it.
         """
         try:
-            sandbox = await self._create(sdk, template, SandboxSpec(lifetime=120, network=False))
+            sandbox = await self._placed(sdk, template, say)
         except SandboxError as e:
             if e.code != "refused":
                 raise
@@ -178,6 +191,21 @@ class E2B(Backend):
                     ) from e  # fmt: skip
         finally:
             await sandbox.destroy()
+
+    async def _placed(self, sdk: Any, template: str, say: Say) -> E2BSandbox:
+        """A short sandbox; waits for a place for it, as attempts do."""
+        spec = SandboxSpec(lifetime=120, network=False)
+        patience, said = time.monotonic() + _PLACE_SECONDS, False
+        while True:
+            try:
+                return await self._create(sdk, template, spec)
+            except SandboxError as e:
+                if e.code != NO_PLACE or time.monotonic() > patience:
+                    raise
+                if not said:
+                    await say(f"{e.message} It is tried again.")
+                said = True
+            await anyio.sleep(random.uniform(1, 10))  # noqa: S311
 
     async def create(self, spec: SandboxSpec) -> E2BSandbox:
         self.refuse(spec)

@@ -99,7 +99,8 @@ def _limited(said: str, op: str) -> SandboxError:
     )
     return SandboxError(
         f"E2B's limit was reached: {_short(said)}. {remedy}",
-        code=NO_PLACE if full else "rate_limited", op=op, retryable=True,
+        # Others may go on making theirs for as long as they go on having them.
+        code=NO_PLACE if full or op == "create" else "rate_limited", op=op, retryable=True,
     )  # fmt: skip
 
 
