@@ -147,13 +147,12 @@ def test_a_step_that_fills_the_disk_fails_alone(project, e2b):
             with open(os.environ["HOME"] + "/full", "wb") as f:
                 try:
                     while True: f.write(bytes(1 << 20)); f.flush()
-                except OSError as e:
-                    print("FULL", e.errno, flush=True)
-                    f.close()
+                except OSError:
+                    pass
             self.mine = os.urandom(1 << 20)"""
     done, _ = run(project, attack.strip())
-    assert "FULL 28" in done.output
     assert done.code != 0
+    assert "its sandbox's disk is full" in done.output
     assert "Traceback" not in "".join(x for x in done.output.splitlines() if "[sandbox]" in x)
 
 

@@ -8,6 +8,7 @@ that it started has closed its output. So what the command writes becomes ASCII 
     o BASE64      of its standard output
     e BASE64      of its standard error
     m NUMBER      how many processes the kernel has ended for want of memory
+    f             the disk is full now that the command has ended
     .             nothing, so that silence means that the connection is lost
 
 The exit code is the command's, 128 + n if signal n ended it. What it leaves running goes on.
@@ -47,6 +48,13 @@ def memory() -> int:
             return next((int(x.split()[1]) for x in file if x.startswith("oom_kill ")), 0)
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def full(path: str) -> bool:
+    try:
+        return os.statvfs(path).f_bavail == 0
+    except OSError:
+        return False
 
 
 def start(request: dict[str, Any], out: int, err: int) -> int:
@@ -121,7 +129,8 @@ def main() -> None:
             said = time.monotonic()
     if memory() != ended:
         say(b"m", b"%d" % memory())
-    sys.stdout.flush()
+    if full(request["made"]):
+        say(b"f")
     os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 

@@ -153,6 +153,13 @@ class E2BSandbox(Sandbox):
                 "its sandbox ran out of memory, and a process was ended. Give it more with memory=…"
             )
 
+    def note_full(self) -> None:
+        """Takes note that a command left the disk full: an agent whose it was could not go on."""
+        self._diagnosis = self._diagnosis or (
+            "its sandbox's disk is full, which has the size that your plan of E2B's gives. Have it "
+            "write less, or delete what it no longer needs"
+        )
+
     # --- files
 
     async def write(self, path: str, source: AsyncIterator[bytes]) -> None:
@@ -351,6 +358,8 @@ class _Running:
                 kind, data = "", line.encode()
             if kind == "m":
                 self._sandbox.note_memory(number)
+            elif kind == "f":
+                self._sandbox.note_full()
             elif kind in self._sinks:
                 await self._sinks[kind](data)
             elif kind != ".":
