@@ -196,6 +196,7 @@ PROGRAM = taken_over.PROGRAM.replace("/sandbox/outbox", "/home/user/sandbox/outb
 @pytest.mark.parametrize("part", taken_over.PARTS)
 def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, part):
     assert TAKEN_OVER != taken_over.FLOW and PROGRAM != taken_over.PROGRAM
+    project.seconds = 900  # of sixteen sandboxes, some for all of their 50 s
     attacks = {**taken_over.PARTS[part], **taken_over.CONTROL}
     found = taken_over.outcomes(project, attacks, TAKEN_OVER, PROGRAM)
     assert taken_over.what_got_past(attacks, found) == {}
