@@ -36,7 +36,7 @@ def translated(op: str, what: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except SandboxError:
+    except (SandboxError, FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except Exception as e:
         raise translate(e, op, what) from e

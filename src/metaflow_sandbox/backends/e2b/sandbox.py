@@ -377,6 +377,8 @@ def _answer(status: int, text: str, path: str) -> Exception:
         text = str(json.loads(text)["message"])
     if status == 404:
         return FileNotFoundError(errno.ENOENT, "no such file in the sandbox", path)
+    if "ermission denied" in text:
+        return PermissionError(errno.EACCES, "not allowed in the sandbox", path)
     if status == 400:
         return e2b.InvalidArgumentException(text)
     if status == 429:
