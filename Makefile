@@ -75,7 +75,7 @@ attacks: $(VENV)/dev
 	$(BIN)/python scripts/attack-table $$results/*.xml; rm -rf $$results
 
 attacks-once: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 tests/attacks tests/flows/test_never_bare.py --junitxml=$(REPORT)
+	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/attacks tests/flows/test_never_bare.py --junitxml=$(REPORT)
 
 # Every fault at every boundary, and every attack on E2B's sandboxes; `make test` runs a part that
 # changes with the commit.
