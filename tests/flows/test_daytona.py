@@ -17,7 +17,7 @@ from tests.emulators.proxy import Proxy
 from metaflow_extensions.sandbox.plugins.decorators import DaytonaDecorator
 from metaflow_sandbox.backends import daytona as backends
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
-from metaflow_sandbox.errors import SandboxError, SandboxGone
+from metaflow_sandbox.errors import ConnectionLost, SandboxError, SandboxGone
 from metaflow_sandbox.launch.request import Request
 from metaflow_sandbox.launch.session import Session
 
@@ -491,6 +491,30 @@ async def test_what_is_made_while_its_creation_is_cancelled_is_removed(cloud, ba
         tasks.cancel_scope.cancel()
     assert len(cloud.state()["requests"]) == 1  # it was made all the same
     assert cloud.wait_until_none_lives()
+
+
+async def pieces(number):
+    for i in range(number):
+        yield b"%07d\n" % i * (1 << 17)
+
+
+@pytest.mark.anyio
+async def test_a_rate_limit_in_the_middle_of_files_loses_nothing_of_them(cloud, backend):
+    limit = {"status": 429, "headers": {"Retry-After-toolbox": "0.1"}}
+    sandbox = await backend.create(SandboxSpec())
+    try:
+        path, whole = f"{backend.work}/file", b"".join([piece async for piece in pieces(8)])
+        cloud.fault("POST .*/bulk-upload", **limit)
+        with pytest.raises(ConnectionLost):  # what was sent of it isn't there again
+            await sandbox.write(path, pieces(8))
+        await sandbox.write(path, pieces(8))
+        cloud.fault("POST .*/bulk-download", **limit)
+        assert b"".join([piece async for piece in sandbox.read(path)]) == whole
+        cloud.fault("POST .*/bulk-download", reset_download=3_000_000)
+        with pytest.raises(ConnectionLost):
+            [_ async for _ in sandbox.read(path)]
+    finally:
+        await sandbox.destroy()
 
 
 @pytest.mark.anyio

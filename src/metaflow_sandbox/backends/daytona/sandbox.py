@@ -322,7 +322,7 @@ class DaytonaSandbox(Sandbox):
             raise faults.gone(self.id, why) from problem
 
     async def _toolbox(
-        self, op: str, make: Any, *, again: bool = False, seconds: float = client.CALL_SECONDS
+        self, op: str, make: Any, *, seconds: float = client.CALL_SECONDS, **options: Any
     ) -> Any:
         """A call to the sandbox's daemon.
 
@@ -332,7 +332,7 @@ class DaytonaSandbox(Sandbox):
         if self._destroyed:
             raise faults.gone(self.id)
         try:
-            return await client.call(op, make, seconds=seconds, again=again)
+            return await client.call(op, make, seconds=seconds, **options)
         except TimeoutError as e:
             await self._check(e)
             raise ConnectionLost(
@@ -371,12 +371,19 @@ class DaytonaSandbox(Sandbox):
             async for piece in source:
                 yield piece
 
-        # Streamed once: the SDK takes no length, and what was read is not there again.
-        await self._file(
-            path,
-            lambda: self._box.fs.upload_file_stream(whole(), path),
-            seconds=_TRANSFER_SECONDS,
-        )
+        # Streamed once: what was read of the source is not there again, nor for a second try here.
+        try:
+            await self._file(
+                path,
+                lambda: self._box.fs.upload_file_stream(whole(), path),
+                seconds=_TRANSFER_SECONDS,
+                patience=0,
+            )
+        except SandboxError as e:
+            if faults.status_of(e) != 429:
+                raise
+            await anyio.sleep(faults.wait_of(e))
+            raise ConnectionLost(f"{path} was not taken now: {e}", op="files") from e
 
     async def read(self, path: str) -> AsyncIterator[bytes]:
         # Opening anything else than a file would block the daemon (a FIFO), and the SDK
@@ -388,15 +395,25 @@ class DaytonaSandbox(Sandbox):
             raise OSError(22, f"not a regular file in the sandbox: {path}")
         if info.size == 0:
             return
-        stream = await self._file(path, lambda: self._box.fs.download_file_stream(path))
+
+        async def begin() -> tuple[Any, bytes | None]:
+            # The SDK asks for it with the first piece; a stream that has failed ends like one
+            # that is whole, so that it must not be asked twice.
+            begun = await self._box.fs.download_file_stream(path)
+            return begun, await anext(begun, None)
+
+        stream, piece = await self._file(path, begin, seconds=_QUIET_SECONDS, again=True)
+        size = 0
         async with contextlib.aclosing(stream):
-            while True:
-                piece: bytes | None = await self._file(
-                    path, functools.partial(anext, stream, None), seconds=_QUIET_SECONDS
-                )
-                if piece is None:
-                    return
+            while piece is not None:
+                size += len(piece)
                 yield piece
+                further = functools.partial(anext, stream, None)
+                piece = await self._file(path, further, seconds=_QUIET_SECONDS, patience=0)
+        if size < info.size:
+            raise ConnectionLost(
+                f"{size} of {info.size} bytes came of {path} in the sandbox {self.id}", op="files"
+            )
 
     async def _file(self, path: str, make: Any, **options: Any) -> Any:
         """A call that is about a file.
