@@ -1,6 +1,5 @@
 """Flows in Daytona's sandboxes: the real SDK against a server on loopback."""
 
-import hashlib
 import json
 import os
 import re
@@ -307,28 +306,25 @@ MUCH = """import sys
             self.x = 1"""
 
 
+LINE = re.compile(rb"\] (\d{8} x{990})$", re.M)
+
+
 def prints_much(user, cloud, megabytes, settings):
-    """A step prints over a line that drops anywhere, again and again, to a slow reader."""
+    """A step prints over a line that drops anywhere, again and again, to a slow reader.
+
+    What is shown is looked at, since Metaflow itself stores 10 MB of it.
+    """
     cloud.set(**settings)
     small(user, body=MUCH % (megabytes * 1000))
-    user.seconds = 1200
     process = user.start("flow.py", "run", env={"METAFLOW_SANDBOX_MAX_OUTPUT": "200"})
-    output = b""
+    lines, rest, tail = [], b"", b""
     while piece := process.stdout.read1(1 << 20):
-        output = output[-10_000:] + piece
+        whole, _, rest = (rest + piece).rpartition(b"\n")
+        lines += [int(line[:8]) for line in LINE.findall(whole)]
+        tail = tail[-10_000:] + piece
         time.sleep(0.02)
-    assert process.wait() == 0, output.decode(errors="replace")
-    digest, size = user.client(
-        """
-        import hashlib
-        out = Flow("Small").latest_run["start"].task.stdout.encode()
-        answer = [hashlib.sha256(out).hexdigest(), len(out)]
-        """
-    )
-    expected = hashlib.sha256()
-    for i in range(megabytes * 1000):
-        expected.update(b"%08d " % i + b"x" * 990 + b"\n")
-    assert (size, digest) == (megabytes * 1_000_000, expected.hexdigest())
+    assert process.wait() == 0, tail.decode(errors="replace")
+    assert lines == list(range(megabytes * 1000))
     followed = [e for e in cloud.journal() if e["method"] == "WS"]
     print(f"{len(followed)} connections for {megabytes} MB")
     assert len(followed) > megabytes / 3

@@ -99,8 +99,8 @@ class Clients:
             BackendUnavailable: the SDK or a key is missing.
         """
         try:
-            # Two seconds' work at first: others go on meanwhile.
-            made = await anyio.to_thread.run_sync(_sdk)
+            # Two seconds' work at first: others go on meanwhile, and who is cancelled doesn't wait.
+            made = await anyio.to_thread.run_sync(_sdk, abandon_on_cancel=True)
         except ImportError as e:
             raise BackendUnavailable(
                 f"Daytona's SDK is not installed ({e}). Install it with: "
