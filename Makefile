@@ -10,6 +10,11 @@ BIN = $(VENV)/bin
 METAFLOW_USER ?= $(or $(firstword $(filter-out root,$(USER) $(shell id -un 2>/dev/null))),demo)
 export METAFLOW_USER
 
+# The providers' published specifications, to which their emulators are held, if they are here.
+ifneq ($(wildcard ../shared/specs),)
+export PROVIDER_SPECS ?= $(abspath ../shared/specs)
+endif
+
 .PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-e2b bench-deps bench-pickles deps faults fuzz soak large docs clean
 
 $(VENV)/demo: pyproject.toml
