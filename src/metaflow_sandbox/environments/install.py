@@ -15,6 +15,7 @@ Standard library only, Python 3.8 and later. It runs the code of packages' autho
 from __future__ import annotations
 
 import glob
+import multiprocessing
 import os
 import re
 import shutil
@@ -74,6 +75,15 @@ def check(prefix: str, built: list[str], environment: dict[str, str]) -> None:
         raise SystemExit(1)
 
 
+def at_once() -> str:
+    """How many processes compile; 0: as many as there are CPUs. Some builders have no /dev/shm."""
+    try:
+        multiprocessing.Lock()
+    except (ImportError, OSError):
+        return "1"
+    return "0"
+
+
 def plain(name: str) -> str:
     """A package's name as an index writes it."""
     return re.sub(r"[-_.]+", "-", name).lower()
@@ -113,7 +123,7 @@ def main(prefix: str, build: str) -> None:
             check(prefix, built, environment)
     # Nobody can write here later, so this is the time to compile. What doesn't compile
     # (templates, other Pythons' files) is not our concern.
-    compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", "0"]
+    compiler = [f"{prefix}/bin/python", "-m", "compileall", "-q", "-j", at_once()]
     for library in glob.glob(f"{prefix}/lib/python3*"):
         subprocess.call([*compiler, library], env=environment, stdout=subprocess.DEVNULL)
     shutil.rmtree(place, ignore_errors=True)

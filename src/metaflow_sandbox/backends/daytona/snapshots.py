@@ -251,7 +251,11 @@ async def install(sandbox: Sandbox, recipe: Recipe, say: Say) -> None:
             op="prepare",
             retryable=False,
         )
-    gone = [*recipe.files, sandbox.backend.work]
+    # Not all of the working directory: a step's environment is in there.
+    gone = [
+        *recipe.files,
+        *(f"{sandbox.backend.work}/{name}" for name in (".inputs", ".inputs.lock")),
+    ]
     await sandbox.exec(["rm", "-rf", "--", *gone], cwd="/")
 
 

@@ -75,8 +75,8 @@ class E2B(Backend):
     quota = Quota(concurrent=20, per_second=1)
     longest_lifetime = 1800.0
     hosted = True
-    work = "/home/user/sandbox"
-    inbox = "/home/user/sandbox/inbox"
+    work = templates.WORK
+    inbox = templates.INBOX
 
     def __init__(self) -> None:
         #: Seconds after which E2B ends a sandbox, however often it is renewed.

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 PREFIX = "metaflow-sandbox-"
 _LINE = 200
 _BASE = "base"
+#: Where sandboxes work, and what they are given.
+WORK, INBOX = "/home/user/sandbox", "/home/user/sandbox/inbox"
 _BUILD_SECONDS = 3600
 
 
@@ -130,6 +132,9 @@ def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
         template = start.from_image(recipe.image)
     else:
         template = start.from_template(recipe.options.get("template", _BASE))
+    if recipe.files:
+        # Or they would belong to root, like what is copied to below them.
+        template = template.run_cmd(shlex.join(["mkdir", "-p", INBOX]), user="user")
     for number, (inside, source) in enumerate(recipe.files.items()):
         _link(source, context / str(number))
         template = template.copy(str(number), inside, user="root", resolve_symlinks=True)
