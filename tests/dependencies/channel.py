@@ -14,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+#: The public README's, which has no wheel for later Pythons.
+NUMPY = "1.26.4" if sys.version_info < (3, 13) else "2.1.3"
 SUBDIR = "linux-aarch64" if os.uname().machine == "aarch64" else "linux-64"
 _LEFT_OUT = {
     "test", "tests", "site-packages", "__pycache__", "idlelib", "tkinter", "ensurepip",

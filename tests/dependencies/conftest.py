@@ -12,7 +12,7 @@ import channel
 import pytest
 
 #: From pip's index, for the channel; and for pip, from a directory.
-IN_CHANNEL = ("pip", "requests", "tomli==2.2.1", "numpy==1.26.4")
+IN_CHANNEL = ("pip", "requests", "tomli==2.2.1", f"numpy=={channel.NUMPY}")
 FOR_PIP = ("requests", "pydash==8.0.5", "tomli==2.0.1")
 TO_BUILD = ("setuptools", "wheel", "flit_core", "hatchling")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import channel
 import pytest
 
 COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
@@ -69,7 +70,7 @@ def test_the_readmes_example(project, shared_packages):
                 self.next(self.count)
 
             @bubblewrap(network=False)
-            @conda(packages={"numpy": "1.26.4"})
+            @conda(packages={"numpy": "NUMPY"})
             @step
             def count(self):
                 import numpy
@@ -89,7 +90,7 @@ def test_the_readmes_example(project, shared_packages):
 
         if __name__ == "__main__":
             Readme()
-        """,
+        """.replace("NUMPY", channel.NUMPY),
     )
     project.run("flow.py", "--environment=pypi", "run").ok()
     assert not (project.directory.parent / "mamba/envs").exists()  # none was made on the host
@@ -97,7 +98,7 @@ def test_the_readmes_example(project, shared_packages):
         'd = Flow("Readme").latest_run["count"].task.data;'
         "answer = [d.pydash[0], d.numpy[0], d.pythons[0], d.other]"
     )
-    assert found[:2] == ["8.0.5", "1.26.4"]
+    assert found[:2] == ["8.0.5", channel.NUMPY]
     assert found[2].startswith("/inbox/environments/")
     assert found[3] == "not there"
 

@@ -272,7 +272,7 @@ def test_the_packages_of_uv_lock_without_the_development_ones(project, packages,
 def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_packages):
     body = WHICH.replace("import tomli", "import tomli, numpy")
     decorators = ['@sandbox(backend="remote-like", network=False)']
-    decorators += ['@conda(packages={"tomli": "2.2.1", "numpy": "1.26.4"})']
+    decorators += [f'@conda(packages={{"tomli": "2.2.1", "numpy": "{channel.NUMPY}"}})']
     a_step(project, decorators, body, kind="conda").ok()
     assert answer(project)[1].startswith("/sandbox/inbox/environments/")
 
@@ -331,7 +331,8 @@ def test_cache_false_builds_for_one_run_alone(project, packages):
 @pytest.mark.heavy
 def test_what_was_not_used_for_longest_goes_when_the_cache_is_full(project, packages):
     one = ["@bubblewrap", '@conda(packages={"tomli": "2.2.1"})']
-    two = ["@bubblewrap", '@conda(packages={"tomli": "2.2.1", "numpy": "1.26.4"})']
+    numpy = f'@conda(packages={{"tomli": "2.2.1", "numpy": "{channel.NUMPY}"}})'
+    two = ["@bubblewrap", numpy]
     a_step(project, one, kind="conda").ok()
     a_step(project, two, kind="conda").ok()
     second, first = cached(packages)
@@ -348,7 +349,7 @@ def test_what_was_not_used_for_longest_goes_when_the_cache_is_full(project, pack
 @pytest.mark.heavy
 def test_large_compiled_packages(project, packages):
     """From pip's own index, as a user would have them."""
-    wanted = {"numpy": "1.26.4", "pandas": "2.2.3", "pydantic": "2.9.2"}
+    wanted = {"numpy": channel.NUMPY, "pandas": "2.2.3", "pydantic": "2.9.2"}
     os.unlink(project.environment.pop("PIP_CONFIG_FILE"))
     body = "import numpy, pandas, pydantic; self.found = [pandas.__version__, pydantic.VERSION]"
     kept = {k: v for k, v in os.environ.items() if k.lower().startswith("pip_")}
