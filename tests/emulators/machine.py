@@ -27,6 +27,8 @@ PIECE = 32 << 10
 MESSAGE = 1 << 20
 UID = 1000
 _FIRST = Path(__file__).with_name("first.py")
+#: In a root: what was below the directory that is in memory, when `save` was called.
+_SAVED = "/var/saved"
 _LINKS = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
 _ETC = ("ld.so.cache", "localtime", "nsswitch.conf", "mime.types", "profile", "debian_version")
 _CAPABILITIES = (
@@ -153,8 +155,8 @@ class Machine:
         Args:
             memory: MB; the largest process is ended when all together have more.
             cpus: how many of this machine's processors it has.
-            disk: MB that can be written below a directory, which is empty then; None: what
-                there is.
+            disk: MB that can be written below a directory, which has what `save` saved of it
+                in this root, or nothing; None: what there is.
             below: that directory.
             counter: the file in which it tells how often its memory ran out.
             hidden: programs of /usr/bin that it does not have.
@@ -171,13 +173,31 @@ class Machine:
         theirs.close()
         ours.setblocking(False)
         machine = cls(Path(root), home, bwrap, ours)
+        machine._below = below if disk else None
         try:
             if await _when_readable(ours.fileno(), lambda: ours.recv(64)) != b"ready":
                 raise RuntimeError("bubblewrap could not make a machine; see its message above")
+            if disk and Path(root, _SAVED.lstrip("/")).exists():
+                await machine._as_root(f"cp -a {_SAVED}/. {below}")
         except BaseException:
             await machine.destroy()
             raise
         return machine
+
+    async def save(self):
+        """Copies into its root what is below the directory that is in memory."""
+        if self._below:
+            await self._as_root(f"rm -rf {_SAVED} && cp -a {self._below} {_SAVED}")
+
+    async def _as_root(self, command):
+        process = await self.spawn(["/bin/sh", "-c", command], user="root", cwd="/")
+
+        async def said(name):
+            return b"".join([piece async for piece in process.read(name)])
+
+        _, why, status = await asyncio.gather(said("stdout"), said("stderr"), process.wait())
+        if status:
+            raise RuntimeError(f"{command}: {why.decode(errors='replace')}")
 
     async def spawn(self, argv, *, env=None, cwd=None, user=None, stdin=False, terminal=False):
         """Starts a program, which goes on until it ends, is signalled, or its machine ends.

@@ -176,6 +176,8 @@ class Snapshots:
 
     async def _capture(self, snapshot, box):
         await asyncio.sleep(self.cloud.settings.build_delay)
+        if box.machine:
+            await box.machine.save()
         await asyncio.to_thread(copy_root, box.root, self._place(snapshot))
         snapshot.state = "active"
         if box.state == "snapshotting":
