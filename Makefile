@@ -52,7 +52,8 @@ test-bubblewrap: $(VENV)/dev
 		tests/flows/test_local.py tests/flows/test_endings.py tests/flows/test_equivalence.py \
 		tests/flows/test_trust.py tests/flows/test_stores.py tests/attacks/test_boundary.py \
 		tests/attacks/test_images.py tests/attacks/test_inside.py tests/attacks/test_isolation.py \
-		tests/attacks/test_network.py tests/faults/test_faults.py
+		tests/attacks/test_network.py tests/faults/test_faults.py \
+		tests/dependencies/test_environments.py::test_a_package_that_runs_code_when_it_is_installed_or_loaded_runs_none_on_the_host
 
 test-flows: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/dependencies \
