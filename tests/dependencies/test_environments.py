@@ -162,8 +162,9 @@ def test_source_is_built_inside_and_runs_nothing_on_the_host(project, packages, 
     assert answer(project) == [1, 1, 1]  # they did run, inside, and got nowhere
     assert not marker.exists()
     for path in paths.values():
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*pip, "-d", str(tmp_path), str(path)], capture_output=True)
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-index"]
+        pip += [f"--find-links={packages.made / 'index'}", "-d", str(tmp_path), str(path)]
+        subprocess.run(pip, capture_output=True)
         assert marker.exists()  # the control: it would have run
         marker.unlink()
 
@@ -225,7 +226,9 @@ def test_packages_that_can_not_be_had_stop_the_run_before_any_step(project, pack
     done = a_step(project, ["@bubblewrap", decorator])
     assert done.code != 0
     assert said in done.output
-    assert "Task is starting" not in done.output and "Traceback" not in done.output
+    assert "Task is starting" not in done.output
+    # Python 3.13.0 has one of its own, before, for an archive that Metaflow leaves open.
+    assert "Traceback" not in done.output.rpartition("Sandbox:")[2]
 
 
 def test_a_package_that_is_not_what_the_lock_says_is_refused(project, packages):
