@@ -62,7 +62,7 @@ test-flows: $(VENV)/dev
 # Daytona's sandboxes attacked, and broken at every point, on the emulated service; `make test`
 # runs a part that changes with the commit.
 test-daytona: $(VENV)/dev
-	FAULTS=all $(BIN)/python -m pytest -q tests/attacks/test_daytona.py tests/faults/test_daytona.py
+	SUITE=all $(BIN)/python -m pytest -q tests/attacks/test_daytona.py tests/faults/test_daytona.py
 
 # Containers of Docker and Podman: all of the contract on both, of the flows and of the attacks;
 # `make test` runs the contract on Docker, and a part of the rest that changes with the commit.
@@ -86,7 +86,7 @@ attacks-once: $(VENV)/dev
 # Every fault at every boundary, and every attack on E2B's sandboxes; `make test` runs a part that
 # changes with the commit.
 faults: $(VENV)/dev
-	FAULTS=all SUITE=all $(BIN)/python -m pytest -q -n 2 tests/faults tests/attacks/test_e2b.py
+	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/faults tests/attacks/test_e2b.py
 
 # Every kind of environment, with large packages and other Pythons; `make test` runs a part.
 deps: $(VENV)/dev
