@@ -154,7 +154,7 @@ ARCHIVE = {
     "a sparse file": (
         "f = open(OUTBOX, 'wb'); f.write(entry(name='blob', size=1 << 40, sha=ZERO, raw=True))\n"
         "f.truncate(1 << 40); f.close(); end()",
-        "the results are larger than 512 MB",
+        "the results are larger than",
     ),
     "an absurd header": ("outbox(b'{' * 100000); end()", "cut short"),
     "a path as a name": ("outbox(entry(name='../../data.json')); end()", "has a broken header"),

@@ -17,6 +17,7 @@ from _socket import AF_UNIX, SCM_RIGHTS, SOCK_STREAM, SOL_SOCKET, socket
 
 SOCKET = "supervisor"  # in the workspace; relative, since such paths may have 107 bytes
 HEADER = 8
+_TRIES = 3
 _COMMAND = ["sandbox", "step"]
 
 
@@ -116,26 +117,38 @@ def end(workspace: str, seconds: float) -> None:
         os.close(directory)
 
 
+def ask(line: socket, command: list[str]) -> bytes:
+    """Has the supervisor run an attempt. Returns its exit code, in digits; b"": it ended first."""
+    words = command[place_of_step(command) + len(_COMMAND) :]
+    message = "\0".join(words).encode()
+    output = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (1, 2))
+    header = len(message).to_bytes(HEADER, "big")
+    line.sendmsg([header], [(SOL_SOCKET, SCM_RIGHTS, output)])
+    line.sendall(message)
+    answer = b""
+    while piece := line.recv(64):
+        answer += piece
+    return answer
+
+
 def main(argv: list[str]) -> int:
     workspace, command = argv[0], argv[1:]
     directory = os.getcwd()
-    try:
-        os.chdir(workspace)
-        line = connect_or_start(command, directory)
-        if line is None:
-            return 1
-        words = command[place_of_step(command) + len(_COMMAND) :]
-        message = "\0".join(words).encode()
-        output = b"".join(fd.to_bytes(4, sys.byteorder) for fd in (1, 2))
-        header = len(message).to_bytes(HEADER, "big")
-        line.sendmsg([header], [(SOL_SOCKET, SCM_RIGHTS, output)])
-        line.sendall(message)
-        answer = b""
-        while piece := line.recv(64):
-            answer += piece
-    except OSError as e:
-        say(f"the run's supervisor can't be reached: {e.strerror or e}")
-        return 1
+    for tries in range(_TRIES, 0, -1):
+        try:
+            os.chdir(workspace)
+            line = connect_or_start(command, directory)
+            if line is None:
+                return 1
+            answer = ask(line, command)
+            break
+        except OSError as e:
+            # Closed before it had read what it was asked, so that nothing has begun: one that
+            # was about to end. The next is another.
+            ending = isinstance(e, (ConnectionResetError, BrokenPipeError))
+            if not ending or tries == 1:
+                say(f"the run's supervisor can't be reached: {e.strerror or e}")
+                return 1
     if not answer.isdigit():
         say(
             "the run's supervisor ended before this attempt did, so the attempt has failed. "

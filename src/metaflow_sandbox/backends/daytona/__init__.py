@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _CREATE_SECONDS = 60.0  # some servers answer when it has started, or after 30 s
 _START_SECONDS = 300.0
+_LOOK_SECONDS = 10.0
 _ENDING = ("destroyed", "destroying")
 _SDK_LABEL = "code-toolbox-language"
 
@@ -359,7 +360,7 @@ class Daytona(Backend):
                 await anyio.sleep(pause)
                 if not client.hears_events(sdk):
                     with contextlib.suppress(Exception):
-                        await box.refresh_data(request_timeout=10)
+                        await box.refresh_data(request_timeout=_LOOK_SECONDS)
                     pause = min(pause * 1.3, 1.0)
 
         problem: str | None
@@ -373,6 +374,10 @@ class Daytona(Backend):
         except TimeoutError:
             problem = f"it did not start within {_START_SECONDS:.0f} s"
         except Exception as e:
+            if why_gone(box) is not None and not box.error_reason:
+                # An event says that it failed, and not why.
+                with contextlib.suppress(Exception), anyio.move_on_after(_LOOK_SECONDS):
+                    await box.refresh_data(request_timeout=_LOOK_SECONDS)
             if (problem := why_gone(box)) is None:
                 raise faults.explain(e, "create", client.url()) from e
         else:
