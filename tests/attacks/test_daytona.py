@@ -15,6 +15,9 @@ from test_boundary import (
     test_frames_that_a_step_prints_are_output_and_no_more,  # noqa: F401
 )
 
+#: They take a while; in a few commits each has run.
+pytestmark = pytest.mark.sample(0.3)
+
 
 @pytest.fixture
 def project(project, daytona):

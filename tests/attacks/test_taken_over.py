@@ -10,6 +10,9 @@ import re
 
 import pytest
 
+#: They take a while; in a few commits each has run.
+pytestmark = pytest.mark.sample(0.4)
+
 FLOW = """
     import json, os, signal, time
     from metaflow import FlowSpec, catch, sandbox, step

@@ -20,6 +20,9 @@ from metaflow_sandbox.errors import ConnectionLost, SandboxError, SandboxGone
 from metaflow_sandbox.launch.request import Request
 from metaflow_sandbox.launch.session import Session
 
+#: They take a while; in a few commits each has run.
+pytestmark = pytest.mark.sample(0.5)
+
 FLOW = """
     import os, sys
     from metaflow import FlowSpec, Parameter, catch, daytona, retry, current, step

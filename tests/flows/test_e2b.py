@@ -13,6 +13,9 @@ import pytest
 
 from emulators.tls_proxy import Proxy
 
+#: They take a while; in a few commits each has run.
+pytestmark = pytest.mark.sample(0.5)
+
 START = "/process.Process/Start"
 
 
