@@ -56,12 +56,12 @@ FLOW = """
 """
 
 
-def prepare(project, cloud, backend):
+def prepare(project, cloud, backend, flow=FLOW):
     """A project whose flow runs in that cloud, and can be stopped at a point."""
     project.environment.update(cloud.environment)
     project.environment["PYTHONPATH"] += f":{project.directory}:{Path(__file__).parent}"
     project.write("sitecustomize.py", "import points; points.install()")
-    project.write("flow.py", FLOW % backend)
+    project.write("flow.py", flow % backend)
     return project
 
 
@@ -96,8 +96,8 @@ def effects(output):
     return found
 
 
-def meet(project, cloud, backend, point, who, name):
-    """A fault at a point: nothing is left, no code runs twice, and the retry is the right one."""
+def strike(project, cloud, backend, point, who, name):
+    """A run that meets a fault at a point. Gives its exit code, and its output to the end."""
     environment = {"FAULT_POINT": point, "FAULT_BACKEND": backend}
     process = project.start("flow.py", "run", env=environment)
     reached = project.directory / points.REACHED
@@ -118,17 +118,23 @@ def meet(project, cloud, backend, point, who, name):
     time.sleep(0.1)
     (project.directory / points.GO).touch()
     output = process.communicate(timeout=180)[0].decode()
+    return process.returncode, output
+
+
+def meet(project, cloud, backend, point, who, name):
+    """A fault at a point: nothing is left, no code runs twice, and the retry is the right one."""
+    code, output = strike(project, cloud, backend, point, who, name)
     project.assert_nothing_left(PROMISED_SECONDS)
     if (who, name) == ("supervisor", "SIGKILL"):  # nobody could end its sandbox
         cloud.advance(minutes=61)
     assert cloud.wait_until_none_lives(PROMISED_SECONDS)
     ran = effects(output)
     if who == "scheduler":
-        assert process.returncode != 0
+        assert code != 0
         assert whole(project) in ([], [1000])
         return
     # Whoever else is hit: Metaflow makes one more attempt, if any, and its result is recorded.
-    assert process.returncode == 0, output
+    assert code == 0, output
     assert whole(project) == [1000]
     if name == "drop":
         assert ran == ["SIDE EFFECT 0"], output

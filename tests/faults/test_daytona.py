@@ -1,18 +1,14 @@
-"""Faults in an attempt's life in a cloud's sandbox, and what is left of it, here and there.
+"""Faults in an attempt's life in Daytona's sandboxes; see `clouds.py`.
 
 A commit runs a part of it, SUITE=all the whole.
 """
 
 import itertools
-import os
-import re
-import signal
-import time
-from pathlib import Path
 
+import clouds
 import points
 import pytest
-from test_faults import FLOW, wait_for
+from test_faults import FLOW
 
 SIGNALS = {
     "client": ("SIGTERM", "SIGKILL"),
@@ -20,7 +16,6 @@ SIGNALS = {
     "scheduler": ("SIGINT", "SIGTERM", "SIGKILL"),
     "provider": ("eviction",),
 }
-MARKS = {"client": b"launch/client.py\0", "supervisor": b"\0sandbox\0supervise\0"}
 SAMPLE = 3  # of all cases at a commit, about
 # Much, as a supervisor that loads the SDK (2 s of work) is at it to the end: on a machine with a
 # load of ten for each processor that was more than 20 s.
@@ -50,24 +45,7 @@ CONNECTIONS = {
 
 @pytest.fixture
 def faulty(project, daytona):
-    project.environment.update(daytona.environment)
-    project.environment["PYTHONPATH"] += f":{project.directory}:{Path(__file__).parent}"
-    project.write("sitecustomize.py", "import points; points.install()")
-    project.write("flow.py", FLOW % "daytona")
-    return project
-
-
-def holders(project, who):
-    mark = str(project.temporary.parent).encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if mark in command and MARKS[who] in command:
-            found.append(int(path.name))
-    return found
+    return clouds.prepare(project, daytona, "daytona", FLOW)
 
 
 def assert_nothing_is_left_there(daytona, by_itself):
@@ -77,45 +55,18 @@ def assert_nothing_is_left_there(daytona, by_itself):
     assert daytona.wait_until_none_lives(PROMISED_SECONDS)
 
 
-def outcome(project):
-    return project.client(
-        """
-        steps = [s.id for s in Flow("Faulty").latest_run]
-        tasks = list(Flow("Faulty").latest_run["work"]) if "work" in steps else []
-        answer = [len(t.data.after) for t in tasks if t.successful]
-        """
-    )
-
-
 @pytest.mark.sample(SAMPLE / len(MATRIX))
 @pytest.mark.parametrize(("point", "who", "name"), MATRIX)
 def test_after_a_fault_nothing_is_left_here_or_there(faulty, daytona, point, who, name):
-    process = faulty.start("flow.py", "run", env={"FAULT_POINT": point, "FAULT_BACKEND": "daytona"})
-    reached = faulty.directory / points.REACHED
-    wait_for(lambda: reached.exists() or process.poll() is not None, 120)
-    assert process.poll() is None, process.communicate()[0].decode()
-    if who == "provider":
-        for sandbox in daytona.living():
-            daytona.evict(sandbox)
-    elif who == "scheduler" and name == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C on a terminal does
-    else:
-        victims = [process.pid] if who == "scheduler" else holders(faulty, who)
-        assert victims, f"no {who}"
-        for pid in victims:
-            os.kill(pid, signal.Signals[name])
-    time.sleep(0.1)
-    (faulty.directory / points.GO).touch()
-    output = process.communicate(timeout=180)[0].decode()
+    code, output = clouds.strike(faulty, daytona, "daytona", point, who, name)
     faulty.assert_nothing_left(PROMISED_SECONDS)
     assert_nothing_is_left_there(daytona, (who, name) == ("supervisor", "SIGKILL"))
-    effects = re.findall(r"SIDE EFFECT \d+", output)
-    assert len(effects) == len(set(effects)), output
-    whole = outcome(faulty)
+    clouds.effects(output)
+    whole = clouds.whole(faulty)
     assert whole in ([], [1000])
     if who == "scheduler":
-        assert process.returncode != 0
-    elif process.returncode == 0:
+        assert code != 0
+    elif code == 0:
         assert whole == [1000], output
     else:
         assert "Traceback" not in output, output
@@ -129,13 +80,12 @@ def test_a_bad_connection_ends_well_or_is_said_and_runs_no_step_twice(faulty, da
     daytona.fault(match, **fault)
     done = faulty.run("flow.py", "run")
     assert_nothing_is_left_there(daytona, False)
-    effects = re.findall(r"SIDE EFFECT \d+", done.output)
-    assert len(effects) == len(set(effects)), done.output
+    clouds.effects(done.output)
     assert "Traceback" not in done.output, done.output
     if survives:
         assert done.code == 0, done.output
     if done.code == 0:
-        assert outcome(faulty) == [1000]
+        assert clouds.whole(faulty) == [1000]
 
 
 def test_the_matrix_has_every_point_and_every_fault():
