@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/specs),)
 export PROVIDER_SPECS ?= $(abspath ../shared/specs)
 endif
 
-.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-daytona test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-e2b bench-deps bench-pickles deps faults fuzz soak large docs clean
+.PHONY: demo demo-cheats check test test-bubblewrap test-containers test-containers-unprivileged test-vm test-fast test-flows test-matrix test-unprivileged attacks attacks-once bench bench-start bench-e2b bench-deps bench-pickles deps faults fuzz soak large docs clean
 
 $(VENV)/demo: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,11 +59,6 @@ test-flows: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n 2 tests/contract tests/flows tests/dependencies \
 		tests/attacks tests/faults
 
-# Daytona's sandboxes attacked, and broken at every point, on the emulated service; `make test`
-# runs a part that changes with the commit.
-test-daytona: $(VENV)/dev
-	SUITE=all $(BIN)/python -m pytest -q tests/attacks/test_daytona.py tests/faults/test_daytona.py
-
 # Containers of Docker and Podman: all of the contract on both, of the flows and of the attacks;
 # `make test` runs the contract on Docker, and a part of the rest that changes with the commit.
 test-containers: $(VENV)/dev
@@ -83,14 +78,13 @@ attacks: $(VENV)/dev
 attacks-once: $(VENV)/dev
 	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/attacks tests/flows/test_never_bare.py --junitxml=$(REPORT)
 
-# Every fault at every boundary, and every attack on E2B's sandboxes; `make test` runs a part that
-# changes with the commit.
+# Every fault at every boundary; `make test` runs a part that changes with the commit.
 faults: $(VENV)/dev
-	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/faults tests/attacks/test_e2b.py
+	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/faults
 
 # Every kind of environment, with large packages and other Pythons; `make test` runs a part.
 deps: $(VENV)/dev
-	$(BIN)/python -m pytest -q -n 2 -m 'not integration' tests/dependencies
+	SUITE=all $(BIN)/python -m pytest -q -n 2 tests/dependencies
 
 # What takes minutes: a gigabyte up and down, a foreach of 100 under an account's limits.
 large: $(VENV)/dev

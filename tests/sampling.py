@@ -1,6 +1,6 @@
 """Tests of which a commit runs a part, another for each: those that are marked `sample(share)`.
 
-SUITE=all runs all of them.
+SHARE, from 0 to 1, takes so much of every test, marked or not. SUITE=all runs all of them.
 """
 
 import hashlib
@@ -20,14 +20,13 @@ def take_part(items):
     """Divides collected tests into those that run and those that another commit runs."""
     kept, left = [], []
     chosen_by = None if whole() else commit()
+    everywhere = float(os.environ.get("SHARE") or 1)
     for item in items:
         mark = item.get_closest_marker("sample")
-        if mark is None or chosen_by is None:
-            kept.append(item)
-            continue
+        share = everywhere * (mark.args[0] if mark else 1)
         digest = hashlib.sha256(f"{chosen_by} {item.nodeid}".encode()).digest()
-        share = int.from_bytes(digest[:4], "big") / (1 << 32)
-        (kept if share < mark.args[0] else left).append(item)
+        place = int.from_bytes(digest[:4], "big") / (1 << 32)
+        (kept if chosen_by is None or place < share else left).append(item)
     return kept, left
 
 
@@ -35,7 +34,11 @@ def said():
     """Which part runs, for who reads a report."""
     if whole():
         return "SUITE=all: nothing that is sampled was left out."
-    return f"Of what is marked `sample`, the part of {commit()[:9]}; SUITE=all runs all of it."
+    share = os.environ.get("SHARE") or "1"
+    return (
+        f"A share of {share} of all tests, and less of what is marked `sample`: "
+        f"the part of {commit()[:9]}. SUITE=all runs all of it."
+    )
 
 
 def whole():

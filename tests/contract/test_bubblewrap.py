@@ -23,6 +23,7 @@ class TestBubblewrap(BackendContract):
         return Bubblewrap()
 
 
+@pytest.mark.sample(0.4)
 class TestRemoteLike(BackendContract):
     @pytest.fixture
     def backend(self):
@@ -35,6 +36,7 @@ as_root = pytest.mark.skipif(
 
 
 @as_root
+@pytest.mark.sample(0.3)
 class TestWatched(BackendContract):
     """Without control groups, as they are missing for users of machines without systemd."""
 
@@ -46,6 +48,7 @@ class TestWatched(BackendContract):
 
 
 @as_root
+@pytest.mark.sample(0.3)
 class TestRootInANamespace(BackendContract):
     """As root in a container that may not mount."""
 

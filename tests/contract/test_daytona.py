@@ -6,6 +6,7 @@ from metaflow_sandbox.backends.daytona import Daytona
 from metaflow_sandbox.testing import BackendContract
 
 
+@pytest.mark.sample(0.5)
 class TestDaytona(BackendContract):
     # The smallest that there is.
     cpu, memory, disk = 1, 1024, 1024

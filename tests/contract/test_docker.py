@@ -8,6 +8,7 @@ from metaflow_sandbox.backends.docker import Docker
 from metaflow_sandbox.testing import BackendContract
 
 
+@pytest.mark.sample(0.5)
 class TestDocker(BackendContract):
     @pytest.fixture
     def backend(self, docker):

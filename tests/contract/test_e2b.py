@@ -38,6 +38,7 @@ def account(e2b_service, monkeypatch):
     return e2b_service
 
 
+@pytest.mark.sample(0.5)
 class TestE2B(BackendContract):
     cpu = 1  # it gives whole ones
 

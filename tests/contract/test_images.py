@@ -120,6 +120,7 @@ class OnAnImage(Bubblewrap):
         return await super().create(replace(spec, image=os.environ["IMAGE_OF_TESTS"]))
 
 
+@pytest.mark.sample(0.4)
 class TestOnAnImage(BackendContract):
     @pytest.fixture(scope="class")
     @classmethod

@@ -10,7 +10,7 @@ WHICH = "import tomli, sys; self.found = [tomli.__file__, sys.executable]"
 ANNOUNCED = {"e2b": "builds a template", "daytona": "installing what the step needs"}
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 @pytest.mark.parametrize("kind, version", [("pypi", "2.0.1"), ("conda", "2.2.1")])
 @pytest.mark.parametrize("cloud", ANNOUNCED)
 def test_two_runs_share_one_build(request, project, shared_packages, cloud, kind, version):

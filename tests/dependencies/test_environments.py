@@ -124,6 +124,7 @@ def test_a_package_that_runs_code_when_it_is_installed_or_loaded_runs_none_on_th
     assert not marker.exists()
 
 
+@pytest.mark.sample(0.5)
 def test_the_same_package_runs_code_on_the_host_without_a_sandbox(project, packages, tmp_path):
     marker = tmp_path / "marker"
     packages.wheel("hostile", "1.0", {"hostile.pth": HOSTILE.format(marker=marker) + "\n"})
@@ -144,6 +145,7 @@ setup(name={name!r}, version="1.0", py_modules=[{name!r}])
 """
 
 
+@pytest.mark.sample(0.5)
 def test_source_is_built_inside_and_runs_nothing_on_the_host(project, packages, tmp_path):
     marker = tmp_path / "marker"
     code = HOSTILE.format(marker=marker)
@@ -182,7 +184,7 @@ dependencies = ["tomli"]
 BACKENDS = {"flit_core": "flit_core.buildapi", "hatchling": "hatchling.build"}
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_source_is_built_with_what_it_asks_for(project, packages):
     for needs, backend in BACKENDS.items():
         name = f"by_{needs}"
@@ -197,7 +199,7 @@ def test_source_is_built_with_what_it_asks_for(project, packages):
     assert answer(project) == ["tomli", True]
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_source_that_needs_more_than_it_said_is_not_installed(project, packages):
     files = {
         "setup.py": "from setuptools import setup\n"
@@ -231,6 +233,7 @@ def test_packages_that_can_not_be_had_stop_the_run_before_any_step(project, pack
     assert "Traceback" not in done.output.rpartition("Sandbox:")[2]
 
 
+@pytest.mark.sample(0.5)
 def test_a_package_that_is_not_what_the_lock_says_is_refused(project, packages):
     path = packages.wheel("thing", "1.0", {"thing.py": "good = 1\n"})
     decorators = ["@bubblewrap", '@pypi(packages={"thing": "1.0"})']
@@ -254,6 +257,7 @@ def test_a_package_that_is_not_what_the_lock_says_is_refused(project, packages):
     assert "Task is starting" not in done.output
 
 
+@pytest.mark.sample(0.5)
 def test_a_foreach_shares_one_build_and_runs_at_once_wait_for_it(project, packages):
     project.write(
         "flow.py",
@@ -299,7 +303,7 @@ def test_a_foreach_shares_one_build_and_runs_at_once_wait_for_it(project, packag
     assert sum("another run builds its environment" in text for text in said) == 1
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_a_build_that_is_killed_half_way_leaves_nothing_that_counts(project, packages):
     decorators = ["@bubblewrap(network=False)", '@conda(packages={"tomli": "2.2.1"})']
     # The first is ended as soon as something of the environment is on the disk.

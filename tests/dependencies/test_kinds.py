@@ -38,7 +38,7 @@ BASES = {
 }
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 @pytest.mark.parametrize("base", BASES)
 def test_packages_of_the_whole_flow(project, shared_packages, base):
     before, version = BASES[base]
@@ -93,7 +93,7 @@ def test_a_disabled_step_has_what_is_installed_here_and_steps_mix(project, share
     assert where[2].startswith(INSIDE)
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_a_plain_step_beside_it_has_its_environment_on_the_host_as_ever(project, shared_packages):
     project.write(
         "flow.py",
@@ -127,7 +127,7 @@ def test_a_plain_step_beside_it_has_its_environment_on_the_host_as_ever(project,
 
 
 @pytest.mark.parametrize("order", ["--with bubblewrap first", "--with conda first"])
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_decorators_from_the_command_line_in_both_orders(project, shared_packages, order):
     project.write(
         "flow.py",
@@ -173,7 +173,7 @@ def another_python():
     return None
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 @pytest.mark.parametrize("kind", ["pypi", "conda"])
 def test_another_python_inside(project, packages, conda, kind, tmp_path):
     found = another_python()
@@ -268,7 +268,7 @@ def test_the_packages_of_uv_lock_without_the_development_ones(project, packages,
     assert there == [False, False, False]
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_packages):
     body = WHICH.replace("import tomli", "import tomli, numpy")
     decorators = ['@sandbox(backend="remote-like", network=False)']
@@ -277,7 +277,7 @@ def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_pa
     assert answer(project)[1].startswith("/sandbox/inbox/environments/")
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_an_image_and_packages_on_top_of_it(project, shared_packages, conda, tmp_path):
     root = images.root_file_system(tmp_path / "rootfs")
     # What conda packages may expect of any Linux.
@@ -319,7 +319,7 @@ def test_netflixs_environments_are_refused_with_what_to_do(project, tmp_path):
     assert "Task is starting" not in done.output and "Traceback" not in done.output
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_cache_false_builds_for_one_run_alone(project, packages):
     decorators = ["@bubblewrap(cache=False)", '@conda(packages={"tomli": "2.2.1"})']
     for _ in range(2):
@@ -328,7 +328,7 @@ def test_cache_false_builds_for_one_run_alone(project, packages):
         assert packages.environments() == []
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_what_was_not_used_for_longest_goes_when_the_cache_is_full(project, packages):
     one = ["@bubblewrap", '@conda(packages={"tomli": "2.2.1"})']
     numpy = f'@conda(packages={{"tomli": "2.2.1", "numpy": "{channel.NUMPY}"}})'
@@ -346,7 +346,7 @@ def test_what_was_not_used_for_longest_goes_when_the_cache_is_full(project, pack
     assert packages.environments() == [second["key"]]
 
 
-@pytest.mark.heavy
+@pytest.mark.sample(0.08)
 def test_large_compiled_packages(project, packages):
     """From pip's own index, as a user would have them."""
     wanted = {"numpy": channel.NUMPY, "pandas": "2.2.3", "pydantic": "2.9.2"}

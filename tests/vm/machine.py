@@ -7,8 +7,9 @@ shows what it does; it shows neither how fast it is nor what hardware isolation 
 Made of Debian's packages and PyPI's alone, into `build/vm`, and kept there:
 
     vmlinuz, initrd.gz    Debian's cloud kernel, and the modules that it needs
-    guest/                an OCI layout: Debian with python3, what steps run in
-    root.img              the machine's disk: Debian, python3, this package's dependencies
+    debian.tar            Debian with python3
+    guest/                an OCI layout of it, what steps run in
+    root.img              the machine's disk: it too, with this package's dependencies
 
 What a run needs beside these rides on a second disk, which is a tar archive.
 
@@ -98,6 +99,7 @@ def build() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     for target, make in (
         ("vmlinuz", _kernel),
+        ("debian.tar", _debian),
         ("guest", _guest),
         ("root.img", _disk),
     ):
@@ -129,10 +131,14 @@ def _kernel(work: Path) -> None:
     shutil.move(next((work / "kernel/boot").glob("vmlinuz-*")), BUILD / "vmlinuz")
 
 
+def _debian(work: Path) -> None:
+    include = "--include=python3,iproute2,procps,ca-certificates"
+    sh("mmdebstrap", "--quiet", "--variant=minbase", include, SUITE, work / "debian.tar")
+    (work / "debian.tar").rename(BUILD / "debian.tar")
+
+
 def _guest(work: Path) -> None:
-    layer = work / "layer.tar"
-    sh("mmdebstrap", "--quiet", "--variant=minbase", "--include=python3", SUITE, layer)
-    layout(layer, work / "guest")
+    layout(BUILD / "debian.tar", work / "guest")
     (work / "guest").rename(BUILD / "guest")
 
 
@@ -173,8 +179,8 @@ def layout(layer: Path, target: Path) -> None:
 
 def _disk(work: Path) -> None:
     tree = work / "tree"
-    include = "--include=python3,iproute2,procps,ca-certificates"
-    sh("mmdebstrap", "--quiet", "--variant=minbase", include, SUITE, tree)
+    tree.mkdir()
+    sh("tar", "-xpf", BUILD / "debian.tar", "-C", tree)
     sh(
         sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--target", tree / "opt/packages", "--python-version", PYTHON,
