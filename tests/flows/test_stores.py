@@ -1,5 +1,7 @@
 """The same flow on other datastores and metadata providers: the relay knows none by name."""
 
+import pytest
+
 FLOW = """
     from metaflow import FlowSpec, IncludeFile, Parameter, sandbox, step
 
@@ -58,10 +60,19 @@ def expected(datastore):
     }  # fmt: skip
 
 
-def test_s3_with_no_s3_credential_inside(project, s3):
+sampled = pytest.mark.sample(0.3)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["bubblewrap", pytest.param("e2b", marks=sampled), pytest.param("daytona", marks=sampled)],
+)
+def test_s3_with_no_s3_credential_inside(request, project, s3, backend):
+    if backend != "bubblewrap":
+        project.environment |= request.getfixturevalue(backend).environment
     project.write("flow.py", FLOW)
     project.write("text.txt", "hello\n")
-    project.run("flow.py", "run", env=s3).ok()
+    project.run("flow.py", "run", env={**s3, "METAFLOW_SANDBOX_BACKEND": backend}).ok()
     assert project.client(LOOK, env=s3) == expected("s3")
 
 
