@@ -192,6 +192,8 @@ def show(backends: tuple[str, ...], labels: Mapping[str, str], as_json: bool) ->
         rows += [(f.backend, f.info.id, _age(f.info.created), f.pathspec) for f in found]
         _table(rows)
     _report(problems, backends)
+    if set(problems) & set(backends):
+        sys.exit(1)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -226,8 +228,13 @@ def collect(backends: tuple[str, ...], labels: Mapping[str, str], dry_run: bool)
 
 def enter(backend: str, name: str, command: tuple[str, ...]) -> None:
     """Runs a command, or a shell, in what was kept of a sandbox; exits with its exit code."""
+    if not command and not sys.stdin.isatty():
+        raise click.ClickException(
+            f"there is no terminal for a shell: give a command, such as {name} sh -c 'ls; pwd'"
+        )
     try:
-        code = anyio.run(registry.load(backend).shell, name, command or ("sh",))
+        argv = command[1:] if command[:1] == ("--",) else command
+        code = anyio.run(registry.load(backend).shell, name, argv or ("sh",))
     except SandboxError as e:
         raise click.ClickException(str(e)) from None
     sys.exit(code)

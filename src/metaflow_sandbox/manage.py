@@ -62,6 +62,8 @@ async def find(
             infos = await registry.load(name).list(labels)
         except SandboxError as e:
             problems[name] = e
+        except ImportError as e:  # one that can't be loaded keeps nobody from the others
+            problems[name] = SandboxError(f"it can't be loaded: {e}", op="list")
         else:
             found += [Found(name, info) for info in infos]
     return found, problems
@@ -113,7 +115,7 @@ async def examine(name: str) -> Examined:
     try:
         backend = registry.load(name)
         preflight = await backend.preflight()
-    except SandboxError as e:
+    except (SandboxError, ImportError) as e:
         return Examined(name, str(e))
     lines = (preflight.provider, *preflight.notes, *_limits(backend))
     return Examined(name, None, lines)
@@ -124,7 +126,9 @@ def _limits(backend: Backend) -> list[str]:
     kinds = ("cpu", "memory", "disk", "gpu", "image", "setup", "keep")
     can = [kind for kind in kinds if getattr(limits, kind)]
     cannot = [kind for kind in kinds if not getattr(limits, kind)]
+    networks = {"none": "False", "internet": "True", "hosts": "a list of hosts"}
     return [
         f"enforced here: {', '.join(can) or 'nothing'}; refused: {', '.join(cannot) or 'nothing'}",
-        f"network: {', '.join(limits.network)} (the first if a step doesn't say)",
+        f"network: {', '.join(networks[kind] for kind in limits.network)} (the first if a step "
+        "doesn't say)",
     ]

@@ -233,3 +233,29 @@ def test_a_trace_of_an_attempt_tells_what_it_did_and_no_secret(project):
     assert events[0]["variables"] == ["TOKEN"]
     assert {"o", "x"} <= {event["kind"] for event in events if event["event"] == "frame"}
     assert {"create", "run", "record"} <= events[-1]["timings"].keys()
+
+
+NO_SDKS = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("daytona", "daytona_api_client_async", "e2b", "boxlite"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+def test_a_backend_whose_sdk_is_not_installed_keeps_nobody_from_the_others(project, command):
+    """As after `pip install metaflow-sandbox[local]`, which is what most people have."""
+    blocked = project.directory / "blocked"
+    blocked.mkdir()
+    (blocked / "sitecustomize.py").write_text(NO_SDKS)
+    env = {"PYTHONPATH": str(blocked), "DAYTONA_API_KEY": "k", "E2B_API_KEY": "k"}
+    for argv in (["list"], ["gc"], ["gc", "--dry-run"]):
+        assert command(*argv, env=env).returncode == 0
+    examined = command("doctor", env=env)
+    assert examined.returncode == 0, examined.stderr
+    assert "bubblewrap: works" in examined.stdout
+    for name in ("daytona", "e2b", "boxlite"):
+        assert f'pip install "metaflow-sandbox[{name}]"' in examined.stdout
+    assert command("list", "--backend", "daytona", env=env).returncode == 1

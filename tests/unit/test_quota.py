@@ -161,8 +161,8 @@ async def test_waiting_is_said(monkeypatch):
     [
         (None, Quota(5, 1)),
         ("limited=20", Quota(20, 1)),
-        ("other=7, limited = 3", Quota(3, 1)),
-        ("other=7", Quota(5, 1)),
+        ("e2b=7, limited = 3", Quota(3, 1)),
+        ("e2b=7", Quota(5, 1)),
     ],
 )
 def test_the_users_setting_wins(monkeypatch, setting, expected):
@@ -174,6 +174,12 @@ def test_the_users_setting_wins(monkeypatch, setting, expected):
 def test_a_setting_that_can_not_be_meant_is_refused(monkeypatch, setting):
     monkeypatch.setattr(metaflow_config, "SANDBOX_CONCURRENT", setting)
     with pytest.raises(SandboxError, match="give numbers above 0"):
+        quota_of(backend_with(Quota()))
+
+
+def test_a_limit_of_a_backend_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(metaflow_config, "SANDBOX_CONCURRENT", "limited=3,e2d=20")
+    with pytest.raises(SandboxError, match="no backend 'e2d'"):
         quota_of(backend_with(Quota()))
 
 

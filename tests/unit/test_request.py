@@ -58,7 +58,7 @@ GOOD = [
     ("network", False, False),
     ("network", "api.openai.com", ("api.openai.com",)),
     ("network", ["PyPI.org", "*.pythonhosted.org"], ("pypi.org", "*.pythonhosted.org")),
-    ("network", ["localhost", "93.184.216.34", "xn--bcher-kva.example", "a-b.c_d.e"], ...),
+    ("network", ["93.184.216.34", "xn--bcher-kva.example", "a-b.c_d.e"], ...),
     ("timeout", 60, 60),
     ("timeout", "60", 60),
     ("trust", "data", "data"),
@@ -130,6 +130,11 @@ BAD = [
     ("network", ["0x7f000001"]),
     ("network", ["a.b\n"]),
     ("network", ["*"]),
+    ("network", ["localhost"]),
+    ("network", "internet"),
+    ("network", "none"),
+    ("memory", 63),
+    ("cpu", 0.009),
     ("network", ["*.*.b"]),
     ("network", ["a.*.b"]),
     ("network", ["büch.example"]),
@@ -256,8 +261,8 @@ def test_what_only_resources_asks_for_is_a_wish():
 
 
 def test_the_larger_of_resources_and_the_decorator_counts_and_is_no_wish():
-    assert a_request(resources(memory=1000), memory=10).memory == 1000
-    request = a_request(resources(memory=10), memory=1000)
+    assert a_request(resources(memory=1000), memory=100).memory == 1000
+    request = a_request(resources(memory=100), memory=1000)
     assert request.memory == 1000 and request.wishes == frozenset()
 
 
@@ -358,7 +363,7 @@ def test_what_a_backend_can_not_enforce_is_refused_and_what_it_can_is_kept(name,
 def test_one_missing_capability_is_enough_to_refuse(name):
     backend = Theirs(replace(EVERYTHING, **{name: False}))
     with pytest.raises(NotEnforceable, match=f"^{name}=1"):
-        a_request(cpu=1, memory=1, disk=1, gpu=1).check(backend)
+        a_request(cpu=1, memory=100, disk=1, gpu=1).check(backend)
 
 
 @pytest.mark.parametrize("can", [(), ("none",), ("internet",), ("hosts",), ("internet", "none")])

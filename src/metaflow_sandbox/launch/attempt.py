@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import re
@@ -107,6 +108,16 @@ def _passes(error: BaseException) -> bool:
     )
 
 
+def _reason(error: BaseException) -> str:
+    """What an error says; one about this machine's disk names the places to look at."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    return (
+        "a disk of this machine is full, not the sandbox's: the datastore's, or that of TMPDIR "
+        f"({tempfile.gettempdir()}). Make room, or put them elsewhere, and resume."
+    )
+
+
 def _within(number: Any, most: int) -> int:
     if not 0 <= int(number) <= most:
         raise ValueError(number)
@@ -201,7 +212,7 @@ class Attempt:
                 return await self._finish(outcome, parents, directory)
         except (SandboxError, Rejected, Failed, OSError) as e:
             self._trace.event("failed", error=type(e).__name__)
-            await self._say(str(e))
+            await self._say(_reason(e))
             await blocking(self.recorder.fail)
             return 1
 
@@ -546,7 +557,7 @@ class Attempt:
             except TimeoutError:
                 raise Failed(f"the step's results did not come within {seconds:.0f} s.") from None
             except OSError as e:
-                raise Failed(f"the step's results can't be read: {e.strerror}") from None
+                raise Failed(f"the step's results can't be read: {_reason(e)}") from None
 
     async def _admit(
         self, parents: list[Parent], delivered: results.Results, well: bool, directory: Path

@@ -19,6 +19,7 @@ from dataclasses import replace
 import anyio
 from metaflow import metaflow_config
 
+from ..backends import registry
 from ..backends.base import Backend, Quota
 from ..errors import SandboxError
 from ..leases import base
@@ -46,6 +47,11 @@ def quota_of(backend: Backend) -> Quota:
                 raise SandboxError(
                     f"METAFLOW_SANDBOX_{setting}={text!r}: give numbers above 0 for backends, "
                     'such as "e2b=20,daytona=10".',
+                    code="invalid_setting",
+                )
+            if name.strip() not in {backend.name, *registry.PROMISED, *registry.names()}:
+                raise SandboxError(
+                    f"METAFLOW_SANDBOX_{setting}={text!r}: there is no backend {name.strip()!r}.",
                     code="invalid_setting",
                 )
             if name.strip() == backend.name:

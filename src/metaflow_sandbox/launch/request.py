@@ -29,7 +29,7 @@ class InvalidParameter(SandboxError):
     code = "invalid_parameter"
 
 
-def _number(name: str, value: Any, unit: str, whole: bool = True) -> Any:
+def _number(name: str, value: Any, unit: str, whole: bool = True, least: float = 0) -> Any:
     try:
         number = float(value) if not isinstance(value, bool) else float("nan")
     except (TypeError, ValueError, OverflowError):
@@ -37,6 +37,8 @@ def _number(name: str, value: Any, unit: str, whole: bool = True) -> Any:
     if not 0 < number < 1e15 or (whole and number != int(number)):
         kind = "a whole number" if whole else "a number"
         raise InvalidParameter(f"{name}={value!r}: give {kind} of {unit} above 0.")
+    if number < least:
+        raise InvalidParameter(f"{name}={value!r}: give at least {least:g} {unit}.")
     return int(number) if whole else number
 
 
@@ -49,7 +51,7 @@ def _text(name: str, value: Any, example: str) -> str:
 def _choice(name: str, value: Any, choices: Mapping[str, str | None]) -> str:
     """One of `choices`; a choice that can't be had yet maps to the reason."""
     if not isinstance(value, str) or value not in choices:
-        known = " or ".join(f'"{c}"' for c in choices)
+        known = " or ".join(f'"{c}"' for c, reason in choices.items() if not reason)
         raise InvalidParameter(f"{name}={value!r}: give {known}.")
     if reason := choices[value]:
         raise NotEnforceable(f"{name}={value!r} {reason}")
@@ -84,7 +86,7 @@ def _environment(value: Any) -> tuple[str, ...] | dict[str, str]:
 def _network(value: Any) -> bool | tuple[str, ...]:
     if isinstance(value, bool):
         return value
-    hosts = [value] if isinstance(value, str) else value
+    hosts = [value] if isinstance(value, str) and ("." in value or ":" in value) else value
     if not isinstance(hosts, (list, tuple)) or not hosts:
         raise InvalidParameter(
             f"network={value!r}: give False, True or a list of hosts, "
@@ -95,11 +97,15 @@ def _network(value: Any) -> bool | tuple[str, ...]:
     try:
         rules = Rules(tuple(hosts))
     except ValueError as e:
-        raise InvalidParameter(f"{e}. Leave out scheme, port and path.") from None
+        raise InvalidParameter(
+            f"{e}. Give each host as api.openai.com or *.openai.com, without scheme, port and "
+            "path; network=True is every host."
+        ) from None
     from ..egress.addresses import is_public
 
     for host in rules.hosts or ():
-        if is_address(host) and not is_public(host):
+        public = is_public(host) if is_address(host) else "." in host
+        if not public:
             raise InvalidParameter(
                 f"network: {host} is not on the public internet, and a sandbox reaches nothing "
                 "else. Leave it out."
@@ -125,7 +131,8 @@ def _trust(value: Any) -> str | tuple[str, ...]:
         return str(value)
     if isinstance(value, str) and "." not in value:
         raise InvalidParameter(
-            f'trust={value!r}: give "data", "all", or names of classes such as ["pkg.Result"].'
+            f'trust={value!r}: give "data", "all", or names of classes such as ["pkg.Result"], '
+            'or ["__main__.Result"] for one of the flow\'s own file.'
         )
     try:
         return class_names(value)
@@ -139,8 +146,8 @@ _TRANSFER: dict[str, str | None] = {
 }
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "backend": lambda v: _text("backend", v, "bubblewrap"),
-    "cpu": lambda v: _number("cpu", v, "CPUs", whole=False),
-    "memory": lambda v: _number("memory", v, "megabytes"),
+    "cpu": lambda v: _number("cpu", v, "CPUs", whole=False, least=0.01),
+    "memory": lambda v: _number("memory", v, "megabytes", least=64),
     "disk": lambda v: _number("disk", v, "megabytes"),
     "gpu": lambda v: _number("gpu", v, "GPUs"),
     "image": lambda v: _text("image", v, "python:3.12-slim"),

@@ -1,4 +1,4 @@
-"""The numbers among this extension's settings.
+"""What can be wrong with this extension's settings, most of which are numbers.
 
 Metaflow's own check of a number raises while its configuration loads, which would break every
 flow, sandboxed or not. So they are texts there, and checked here when a step needs them.
@@ -11,7 +11,7 @@ from metaflow.exception import MetaflowException
 #: {METAFLOW_SANDBOX_…: (lowest, highest, what it is a number of)}
 NUMBERS = {
     "MEMORY": (0, 1 << 24, "MB"),
-    "DISK": (0, 1 << 30, "MB"),
+    "DISK": (1, 1 << 30, "MB"),
     "MAX_ARTIFACT": (1, 1 << 30, "MB"),
     "MAX_OUTPUT": (0, 1 << 20, "MB"),
     "CACHE": (0, 1 << 30, "MB"),
@@ -40,13 +40,16 @@ def number(name: str) -> float:
         value = float("nan")
     if not lowest <= value <= highest:
         raise InvalidSetting(
-            f"METAFLOW_SANDBOX_{name}={text!r}: give a number of {unit}, from {lowest:g} to "
-            f"{highest:g}."
+            f"METAFLOW_SANDBOX_{name}={text!r}: give a number of {unit}, from {lowest:,} to "
+            f"{highest:,}."
         )
     return value
 
 
 def check() -> None:
-    """Raises InvalidSetting if any of them is none."""
+    """Raises InvalidSetting if any of them is none, and for names of classes that are none."""
+    from .tainted import configured
+
     for name in NUMBERS:
         number(name)
+    configured()

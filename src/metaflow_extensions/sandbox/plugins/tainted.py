@@ -136,7 +136,12 @@ def trusting(*what: str) -> Iterator[None]:
         _released.reset(token)
 
 
-def _configured() -> tuple[str, ...]:
+def configured() -> tuple[str, ...]:
+    """The classes of METAFLOW_SANDBOX_RELEASE.
+
+    Raises:
+        MetaflowException: something else is among them.
+    """
     from metaflow import metaflow_config
 
     released = metaflow_config.SANDBOX_RELEASE
@@ -214,6 +219,6 @@ class TaintedPickle(ArtifactSerializer):
         if not encoding.startswith("pickle-"):
             raise ArtifactRefused(metadata, f"it is stored as `{encoding}`")
         try:
-            return load_data(data[0], {*classes, *released, *_configured()}, _seconds())
+            return load_data(data[0], {*classes, *released, *configured()}, _seconds())
         except Refused as e:
             raise ArtifactRefused(metadata, e) from None

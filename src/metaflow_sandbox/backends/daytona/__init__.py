@@ -113,9 +113,9 @@ class Daytona(Backend):
 
     async def preflight(self) -> Preflight:
         """Asks for what sandboxes there are, and what the organisation may have."""
-        from daytona_api_client_async import SandboxApi
-
         async with self.clients.one() as sdk:
+            from daytona_api_client_async import SandboxApi  # is there, or `one` has said so
+
             ask = functools.partial(SandboxApi(client.api(sdk)).list_sandboxes, limit=1)
             await self._ask("preflight", ask)
             notes = await self._organisation(sdk)
@@ -391,9 +391,9 @@ class Daytona(Backend):
         )
 
     async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
-        from daytona import ListSandboxesQuery
-
         async def ask() -> list[SandboxInfo]:
+            from daytona import ListSandboxesQuery
+
             found = []
             async for box in sdk.list(ListSandboxesQuery(labels=dict(labels) or None)):
                 if getattr(box.state, "value", "") not in _ENDING:
