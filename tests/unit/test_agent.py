@@ -454,7 +454,7 @@ def test_a_follower_ends_when_another_has_taken_its_place(here):
         "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)", str(go)
     )
     with here.follow() as old:
-        until((here.spool / "reader").exists)
+        until(lambda: (here.spool / "reader").read_text() == str(old.pid))
         with here.follow() as new:
             assert old.wait(SECONDS) == SUPERSEDED
             go.touch()

@@ -36,7 +36,7 @@ cd ..
 CONTRACT = """
 export VM_IMAGE=/opt/guest VM_SHARED=1 SUITE=all
 VM_SECONDS=$(({seconds} - 60 - $(cut -d. -f1 /proc/uptime))) \\
-    python3 -m pytest -q -m integration -p no:cacheprovider tests/vm/test_contract.py
+    python3 -m pytest -v -m integration -p no:cacheprovider tests/vm/test_contract.py
 echo "machine: the contract ended with $?"
 """
 
