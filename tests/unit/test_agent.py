@@ -454,7 +454,8 @@ def test_a_follower_ends_when_another_has_taken_its_place(here):
         "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)", str(go)
     )
     with here.follow() as old:
-        until(lambda: (here.spool / "reader").read_text() == str(old.pid))
+        reader = here.spool / "reader"
+        until(lambda: reader.exists() and reader.read_text() == str(old.pid))
         with here.follow() as new:
             assert old.wait(SECONDS) == SUPERSEDED
             go.touch()
