@@ -17,6 +17,8 @@ happens, and `delay` (seconds, before that or by itself) may be with it:
 
     {"status": 429, "body": {…}, "headers": {"retry-after": "1"}}   that answer; the emulator
                                                                    never hears of the request
+    {"flood": megabytes}       an answer so large, with its "status" (200) and "headers"; the
+                               emulator never hears of the request
     {"lose": true}             the emulator does its work, and the connection is reset instead of
                                its answer
     {"reset_upload": bytes}    the connection is reset when so much of the body has come
@@ -126,7 +128,10 @@ class _Exchange:
         self.fault = fault
         try:
             await asyncio.sleep(fault.get("delay", 0))
-            if "status" in fault:
+            if "flood" in fault:
+                self.entry["status"] = fault.get("status", 200)
+                await self.flood(self.entry["status"], fault.get("headers", {}), fault["flood"])
+            elif "status" in fault:
                 self.entry["status"] = fault["status"]
                 headers, body = fault.get("headers", {}), fault.get("body", {})
                 await respond(self._send, fault["status"], body, headers)
@@ -134,6 +139,17 @@ class _Exchange:
                 await self.front.app(self.scope, self.receive, self.send)
         finally:
             self.entry["ended"] = time.time()
+
+    async def flood(self, status, headers, megabytes):
+        raw = [(k.encode(), v.encode()) for k, v in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        client = tuple(self.scope["client"])
+        for left in reversed(range(megabytes)):
+            await asyncio.sleep(0.001)
+            if all(connection.client != client for connection in self.front.connections()):
+                return  # it has read enough
+            piece = {"body": b"x" * (1 << 20), "more_body": left > 0}
+            await self._send({"type": "http.response.body", **piece})
 
     async def receive(self):
         message = await self._receive()

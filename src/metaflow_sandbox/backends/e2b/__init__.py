@@ -4,6 +4,7 @@ sandbox.py     commands and files of one
 inside.py      what runs a command inside
 templates.py   what they are made from
 failures.py    what the SDK raises, as this package's errors
+bounds.py      how much of an answer is read
 """
 
 from __future__ import annotations

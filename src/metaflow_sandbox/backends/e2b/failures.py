@@ -12,7 +12,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...errors import NO_PLACE, BackendUnavailable, ConnectionLost, SandboxError, SandboxGone
+from ...errors import (
+    NO_PLACE,
+    BackendUnavailable,
+    ConnectionLost,
+    ProtocolError,
+    SandboxError,
+    SandboxGone,
+)
 
 KEY_REMEDY = (
     "Get one at https://e2b.dev/dashboard?tab=keys and set it where you start the flow: "
@@ -56,6 +63,8 @@ def translate(e: Exception, op: str, what: str = "") -> Exception:
         return ConnectionLost(f"{about}: E2B's sandbox can't be reached: {_short(said)}", op=op)
     if isinstance(e, e2b.AuthenticationException) or getattr(e, "status_code", None) == 403:
         return BackendUnavailable(f"E2B refused the API key: {_short(said)}. {KEY_REMEDY}", op=op)
+    if "larger than configured max" in said:  # the RPC library's, to which it is one of the limits
+        return ProtocolError(f"{about}: more comes at once than E2B sends", op=op)
     if isinstance(e, e2b.RateLimitException):
         return _limited(said, op)
     if isinstance(e, e2b.ServiceBusyException):

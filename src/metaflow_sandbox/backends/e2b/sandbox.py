@@ -21,6 +21,7 @@ import anyio
 from ...concurrency import plain_errors
 from ...errors import BackendUnavailable, ConnectionLost, SandboxGone
 from ..base import Sandbox, Sink, discard
+from . import bounds
 from .failures import translate, translated
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class E2BSandbox(Sandbox):
         self.backend = backend
         self.id = remote.sandbox_id
         self.remote = remote
+        bounds.bound(remote)
         self._template = template
         self._python = python or backend.python
         self._diagnosis: str | None = None
@@ -216,9 +218,9 @@ class E2BSandbox(Sandbox):
             try:
                 if response.status_code != 200:
                     with anyio.fail_after(self.idle_seconds):
-                        await response.aread()
-                    raise _answer(response.status_code, response.text, path)
-                pieces = response.aiter_bytes(_PIECE)
+                        said = await bounds.text(response)
+                    raise _answer(response.status_code, said, path)
+                pieces = response.aiter_raw(_PIECE)
                 while True:
                     with anyio.fail_after(self.idle_seconds):
                         piece = await anext(pieces, b"")
