@@ -21,6 +21,7 @@ import e2b
 
 from emulators.e2b.server import KEY
 from emulators.e2b.specification import FILE, NEWER, Specification
+from metaflow_sandbox.backends import e2b as backends
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.e2b import E2B
 from metaflow_sandbox.backends.e2b.sandbox import E2BSandbox
@@ -181,6 +182,9 @@ FAULTS = [
     ("GET /files", {"stall": 1000}, "read", ConnectionLost),
     ("POST /filesystem", {"lose": True}, "read", ConnectionLost),
     ("/timeout", {"status": 500, "body": {"code": 500, "message": "sorry"}}, "renew", SandboxError),
+    ("/timeout", {"status": 500, "body": {"error": {"message": "a gateway's"}}}, "renew",
+     SandboxError),
+    ("/timeout", {"status": 404, "body": "<html>nothing is here</html>"}, "renew", SandboxError),
     ("/timeout", {"lose": True}, "renew", ConnectionLost),
 ]  # fmt: skip
 
@@ -225,13 +229,16 @@ CREATION = [
     ({"status": 500, "body": {"code": 500, "message": "sorry"}}, "provider_failed", True),
     ({"status": 400, "body": {"code": 400, "message": "no"}}, "refused", False),
     ({"lose": True}, "create_failed", True),
+    ({"instead": 504, "body": "<html>upstream request timeout</html>"}, "provider_failed", True),
+    ({"instead": 504, "body": {"error": {"status": 504}}}, "provider_failed", True),
 ]
 
 
 @pytest.mark.parametrize(("fault", "code", "retryable"), CREATION)
 def test_a_creation_that_fails_leaves_nothing_and_says_whether_to_try_again(
-    account, fault, code, retryable
+    account, monkeypatch, fault, code, retryable
 ):
+    monkeypatch.setattr(backends, "_LATE_SECONDS", 1.0)
     account.fault("POST /v2/sandboxes", times=-1, **fault)
 
     async def make():
@@ -243,8 +250,9 @@ def test_a_creation_that_fails_leaves_nothing_and_says_whether_to_try_again(
     assert account.cloud()["sandboxes"] == {}
 
 
-def test_an_answer_that_got_lost_is_asked_for_again_and_makes_one_sandbox(account):
-    account.fault("POST /v2/sandboxes", lose=True)
+@pytest.mark.parametrize("fault", [{"lose": True}, {"instead": 504, "body": "<html></html>"}])
+def test_an_answer_that_got_lost_is_asked_for_again_and_makes_one_sandbox(account, fault):
+    account.fault("POST /v2/sandboxes", **fault)
 
     async def make():
         sandbox = await E2B().create(SandboxSpec())
@@ -263,6 +271,21 @@ def test_a_creation_whose_first_answer_got_lost_and_that_is_refused_then_leaves_
             await E2B().create(SandboxSpec())
 
     anyio.run(make)
+    assert account.living() == []
+
+
+def test_a_creation_whose_answers_are_lost_and_that_comes_late_leaves_nothing(account, monkeypatch):
+    account.cloud(boot=4)
+    monkeypatch.setattr(backends, "_CREATIONS", 1)
+    monkeypatch.setattr(backends, "_REQUEST_SECONDS", 1.0)
+
+    async def make():
+        with pytest.raises(SandboxError, match="Try again later"):
+            await E2B().create(SandboxSpec())
+
+    anyio.run(make)
+    assert account.living() == []
+    time.sleep(5)
     assert account.living() == []
 
 

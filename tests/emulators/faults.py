@@ -17,6 +17,8 @@ happens, and `delay` (seconds, before that or by itself) may be with it:
 
     {"status": 429, "body": {…}, "headers": {"retry-after": "1"}}   that answer; the emulator
                                                                    never hears of the request
+    {"instead": 504, "body": "<html>"}   the emulator does its work, and this is said instead of its
+                               answer; a body that is a string is one of HTML
     {"flood": megabytes}       an answer so large, with its "status" (200) and "headers"; the
                                emulator never hears of the request
     {"lose": true}             the emulator does its work, and the connection is reset instead of
@@ -166,6 +168,11 @@ class _Exchange:
     async def send(self, message):
         if self.fault.get("lose"):
             self.reset()
+        if "instead" in self.fault:
+            self.entry["status"] = self.fault["instead"]
+            if not message.get("more_body") and message["type"] == "http.response.body":
+                await respond(self._send, self.fault["instead"], self.fault.get("body", {}))
+            return None
         if message["type"] == "http.response.start":
             self.entry["status"] = message["status"]
             return await self._send(message)
@@ -199,9 +206,10 @@ async def _body(receive):
 
 
 async def respond(send, status, answer, headers=None):
-    """A whole answer in JSON."""
-    body = json.dumps(answer).encode()
-    fields = {"content-type": "application/json", "content-length": str(len(body))}
+    """A whole answer in JSON; a string is one in HTML."""
+    kind = "text/html" if isinstance(answer, str) else "application/json"
+    body = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+    fields = {"content-type": kind, "content-length": str(len(body))}
     fields.update(headers or {})
     raw = [(k.lower().encode(), v.encode()) for k, v in fields.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})

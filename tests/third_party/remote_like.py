@@ -4,7 +4,6 @@ It is bubblewrap underneath, so that these paths run against a real sandbox.
 """
 
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,18 +24,25 @@ class RemoteLike(Bubblewrap):
 
 
 class Leased(RemoteLike):
-    """Makes sandboxes for three seconds, and writes down when it was asked for more.
+    """Makes sandboxes for three seconds, is slow to take inputs, and bad at being asked for more.
 
-    RENEWALS    file that gets a line for each request: the time, the seconds asked for
+    RENEWALS    file that gets a line for each request, the seconds asked for, and "uploaded"
     """
 
     name = "leased"
     longest_lifetime = 3.0
 
     async def create(self, spec):
-        _asked_for(spec.lifetime)
+        _note(spec.lifetime)
         sandbox = await super().create(replace(spec, lifetime=3600))
-        sandbox.renew = _renew
+        upload = sandbox.upload
+
+        async def slow(mounts):
+            await anyio.sleep(4)
+            _note("uploaded")
+            return await upload(mounts)
+
+        sandbox.upload, sandbox.renew = slow, _renew
         return sandbox
 
 
@@ -59,9 +65,10 @@ class Preparing(RemoteLike):
 
 
 async def _renew(lifetime):
-    _asked_for(lifetime)
+    _note(lifetime)
+    raise KeyError("code")  # as an SDK might that can't read an answer
 
 
-def _asked_for(lifetime):
+def _note(what):
     with open(os.environ["RENEWALS"], "a") as file:
-        file.write(f"{time.monotonic()} {lifetime}\n")
+        file.write(f"{what}\n")

@@ -206,10 +206,11 @@ class Attempt:
 
     async def _run(self, directory: Path) -> int:
         try:
-            parents = await self._prepare(directory)
-            async with self.recorder.alive(), self._renewed():
-                outcome = await self._run_step()
-                return await self._finish(outcome, parents, directory)
+            async with self._renewed():
+                parents = await self._prepare(directory)
+                async with self.recorder.alive():
+                    outcome = await self._run_step()
+                    return await self._finish(outcome, parents, directory)
         except (SandboxError, Rejected, Failed, OSError) as e:
             self._trace.event("failed", error=type(e).__name__)
             await self._say(_reason(e))
@@ -285,7 +286,7 @@ class Attempt:
                 "metaflow-attempt": str(job.attempt),
                 **ownership(job.workspace, whole),
             },
-            lifetime=min(whole, self.backend.longest_lifetime or whole),
+            lifetime=self._lifetime(),
             mounts=mounts,
             cpu=request.cpu,
             memory=memory if limits.memory else None,
@@ -333,22 +334,29 @@ class Attempt:
 
     @contextlib.asynccontextmanager
     async def _renewed(self) -> AsyncIterator[None]:
-        """Keeps the sandbox alive beyond the lifetime that it was made for."""
-        sandbox, longest = self._made, self.backend.longest_lifetime
+        """Keeps the sandbox alive, from when there is one, beyond what it was made for."""
+        lifetime = self._lifetime()
 
-        async def renew(longest: float) -> None:
+        async def renew() -> None:
             while True:
-                await anyio.sleep(longest / 4)
-                # Asked again before its time is over; that it is gone is found out elsewhere.
-                with contextlib.suppress(SandboxError, TimeoutError), anyio.fail_after(longest / 4):
-                    await sandbox.renew(longest)
+                await anyio.sleep(lifetime / 4)
+                # Asked again before its time is over, whatever went wrong; that it is gone is
+                # found out elsewhere.
+                if self._sandbox is not None:
+                    with contextlib.suppress(Exception), anyio.fail_after(lifetime / 4):
+                        await self._sandbox.renew(lifetime)
 
         with plain_errors():
             async with anyio.create_task_group() as tasks:
-                if longest is not None:
-                    tasks.start_soon(renew, longest)
+                if self.backend.longest_lifetime is not None:
+                    tasks.start_soon(renew)
                 yield
                 tasks.cancel_scope.cancel()
+
+    def _lifetime(self) -> float:
+        """Seconds that the sandbox is made for."""
+        whole = self.request.deadline + _LIFETIME_MARGIN
+        return min(whole, self.backend.longest_lifetime or whole)
 
     @property
     def _made(self) -> Sandbox:

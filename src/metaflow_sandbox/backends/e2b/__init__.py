@@ -56,6 +56,10 @@ _REQUEST_SECONDS = 30.0
 _END_MARGIN = 60.0  # what a step's sandbox needs before and after it
 _CREATION = "metaflow-creation"  # a label of ours, by which one is found whose answer got lost
 _CREATIONS = 3  # how often one is asked for whose answer gets lost
+_AGAIN_SECONDS = 1.0
+_LATE_SECONDS = 30.0  # for which one is looked for that was asked for without an answer
+# Answers after which there may be one all the same: E2B's, or of a gateway that waited no longer.
+_UNDECIDED = ("busy", "provider_failed")
 _CHECK_SECONDS = 60.0
 _PLACE_SECONDS = 1800.0  # that others of the account are waited for
 _CHECK = "import sys; sys.exit(sys.version_info < (3, 8))"
@@ -252,30 +256,47 @@ class E2B(Backend):
         return sandbox
 
     async def _request(self, sdk: Any, options: dict[str, Any]) -> Any:
-        """Asks for a sandbox, again under the same key if the answer got lost."""
+        """Asks for a sandbox, again under the same key if it isn't known what became of that."""
         lost = 0
         while True:
             try:
                 return await sdk.AsyncSandbox.create(**options)
             except Exception as e:
                 error = translate(e, "create", options["template"])
-                if isinstance(error, ConnectionLost):
+                if isinstance(error, ConnectionLost) or getattr(error, "code", "") in _UNDECIDED:
                     lost += 1
                     if lost < _CREATIONS:
+                        await anyio.sleep(_AGAIN_SECONDS)
                         continue
+                if lost:
+                    await self._sweep(options["metadata"], late=isinstance(error, ConnectionLost))
+                if isinstance(error, ConnectionLost):
                     error = SandboxError(
                         f"{error.message}. Try again later.", code="create_failed", op="create",
                         retryable=True,
                     )  # fmt: skip
-                if lost:
-                    await self._sweep(options["metadata"])
                 raise error from e
+            except BaseException:  # not every cancellation heeds a shield
+                with anyio.CancelScope(shield=True):
+                    await self._sweep(options["metadata"], late=True)
+                raise
 
-    async def _sweep(self, labels: Mapping[str, str]) -> None:
-        """Ends what may have been made by requests whose answers got lost."""
-        with contextlib.suppress(Exception):
-            for info in await self._found({_CREATION: labels[_CREATION]}):
-                await kill(info.sandbox_id)
+    async def _sweep(self, labels: Mapping[str, str], *, late: bool) -> None:
+        """Ends what may have been made by requests whose answers got lost.
+
+        Args:
+            late: whether one may still be on its way, and is waited for a while.
+        """
+        patience = time.monotonic() + (_LATE_SECONDS if late else 0)
+        while True:
+            with contextlib.suppress(Exception):
+                if found := await self._found({_CREATION: labels[_CREATION]}):
+                    for info in found:
+                        await kill(info.sandbox_id)
+                    return
+            if time.monotonic() > patience:
+                return
+            await anyio.sleep(_AGAIN_SECONDS)
 
     async def _found(self, labels: Mapping[str, str]) -> list[Any]:
         sdk = await self._sdk()

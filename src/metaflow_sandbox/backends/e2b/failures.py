@@ -8,7 +8,6 @@ everything is looked at here, and the order of the questions matters.
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -87,7 +86,11 @@ def translate(e: Exception, op: str, what: str = "") -> Exception:
     if isinstance(e, e2b.BuildException):
         return SandboxError(f"{about}: {_short(said)}", code="build_failed", op=op, retryable=False)
     status = getattr(e, "status_code", None)
-    if isinstance(e, (e2b.SandboxException, json.JSONDecodeError)):
+    # What isn't E2B's own, such as a gateway's page, the SDK can't read.
+    unread = isinstance(e, (LookupError, ValueError, TypeError, AttributeError))
+    if unread:
+        said = f"something that its SDK can't read ({type(e).__name__}: {said})"
+    if isinstance(e, e2b.SandboxException) or unread:
         faulty = status is None or status >= 500
         return SandboxError(
             f"{about}: E2B answered: {_short(said)}",
