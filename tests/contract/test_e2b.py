@@ -220,6 +220,26 @@ def test_a_fault_is_an_error_of_its_class_and_the_sandbox_can_be_destroyed(
     assert account.cloud()["sandboxes"] == {}
 
 
+def test_a_reader_that_takes_its_time_loses_nothing(account, monkeypatch):
+    monkeypatch.setattr(E2BSandbox, "quiet_seconds", 1.5)
+    taken = []
+
+    async def slowly(data):
+        await anyio.sleep(0 if taken else 5)
+        taken.append(data)
+
+    async def follow():
+        sandbox = await E2B().create(SandboxSpec())
+        try:
+            command = "for i in 1 2 3 4; do echo $i; sleep 0.3; done"
+            assert await sandbox.exec(["sh", "-c", command], on_stdout=slowly) == 0
+        finally:
+            await sandbox.destroy()
+
+    anyio.run(follow)
+    assert b"".join(taken) == b"1\n2\n3\n4\n"
+
+
 CREATION = [
     ({"status": 401, "body": {"code": 401, "message": "no"}}, "backend_unavailable", None),
     ({"status": 403, "body": {"code": 403, "message": "no"}}, "backend_unavailable", None),

@@ -19,6 +19,8 @@ happens, and `delay` (seconds, before that or by itself) may be with it:
                                                                    never hears of the request
     {"instead": 504, "body": "<html>"}   the emulator does its work, and this is said instead of its
                                answer; a body that is a string is one of HTML
+    {…, "after": seconds}      the answer is a fault's, "status" or "lose", and so much later the
+                               emulator does its work
     {"flood": megabytes}       an answer so large, with its "status" (200) and "headers"; the
                                emulator never hears of the request
     {"lose": true}             the emulator does its work, and the connection is reset instead of
@@ -53,6 +55,7 @@ class Front:
         self.bodies = None
         self.journal = []
         self.faults = []
+        self.later = []
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
@@ -130,6 +133,8 @@ class _Exchange:
         self.fault = fault
         try:
             await asyncio.sleep(fault.get("delay", 0))
+            if "after" in fault:
+                await self.later(fault["after"])
             if "flood" in fault:
                 self.entry["status"] = fault.get("status", 200)
                 await self.flood(self.entry["status"], fault.get("headers", {}), fault["flood"])
@@ -141,6 +146,26 @@ class _Exchange:
                 await self.front.app(self.scope, self.receive, self.send)
         finally:
             self.entry["ended"] = time.time()
+
+    async def later(self, seconds):
+        """Has the emulator do its work when its client has heard something else."""
+        messages = [await self._receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await self._receive())
+
+        async def send(message):
+            pass
+
+        async def receive():
+            return messages.pop(0)
+
+        async def work():
+            await asyncio.sleep(seconds)
+            await self.front.app(self.scope, receive, send)
+
+        self.front.later.append(asyncio.ensure_future(work()))
+        if self.fault.get("lose"):
+            self.reset()
 
     async def flood(self, status, headers, megabytes):
         raw = [(k.encode(), v.encode()) for k, v in headers.items()]

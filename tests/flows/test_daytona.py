@@ -492,6 +492,52 @@ async def test_what_is_made_while_its_creation_is_cancelled_is_removed(cloud, ba
     assert cloud.wait_until_none_lives()
 
 
+@pytest.mark.anyio
+async def test_a_deletion_that_fails_is_tried_on_and_can_be_asked_for_again(
+    cloud, backend, monkeypatch
+):
+    unavailable = {"status": 503, "body": {"message": "upstream"}}
+    sandbox = await backend.create(SandboxSpec())
+    cloud.fault("DELETE /api/sandbox/", **unavailable, times=9)
+    await sandbox.destroy()
+    assert cloud.wait_until_none_lives()
+    sandbox = await backend.create(SandboxSpec())
+    monkeypatch.setattr(backends, "_DESTROY_SECONDS", 0.0)
+    cloud.fault("DELETE /api/sandbox/", **unavailable, times=4)
+    with pytest.raises(SandboxError, match="upstream"):
+        await sandbox.destroy()
+    await sandbox.destroy()
+    assert cloud.wait_until_none_lives()
+
+
+def test_a_sandbox_that_can_not_be_ended_is_named_at_the_end_of_the_run(user, cloud):
+    cloud.fault("DELETE /api/sandbox/", status=503, body={"message": "upstream"}, times=-1)
+    small(user)
+    output = user.run("flow.py", "run").ok().output
+    (left,) = cloud.living()
+    assert f"daytona, {left}, could not be ended, and may live for 60 minutes" in output
+    assert f"metaflow-sandbox kill {left}" in output
+    cloud.ask("DELETE", "faults")  # the run's supervisor goes on trying
+    assert cloud.wait_until_none_lives(60)
+    user.assert_nothing_left(60)
+
+
+#: What a creation meets that is made a while after its sender was told, or has given up.
+LATE_CREATIONS = {"no answer": {"lose": True}, "a gateway's": {"status": 504, "body": "<html>"}}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", LATE_CREATIONS)
+async def test_a_creation_that_comes_after_its_answer_was_lost_is_ended(cloud, backend, name):
+    cloud.fault("POST /api/sandbox$", **LATE_CREATIONS[name], after=3.0)
+    with pytest.raises(SandboxError) as raised:
+        await backend.create(SandboxSpec())
+    assert raised.value.retryable is True
+    assert cloud.wait_until_none_lives()
+    ended = [(e["method"], e["status"]) for e in cloud.journal()]
+    assert ("DELETE", 404) in ended and ("DELETE", 200) in ended  # it had to be waited for
+
+
 async def pieces(number):
     for i in range(number):
         yield b"%07d\n" % i * (1 << 17)

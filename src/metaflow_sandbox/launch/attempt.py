@@ -168,6 +168,8 @@ class Attempt:
         self._readers = readers
         self._trace = Trace(job)
         self.timings: dict[str, float] = {}
+        #: What is to be said of its sandbox if that lives on; None where it doesn't.
+        self.left: str | None = None
         self._python = self.request.executable or backend.interpreter(job.prepared.image)
         self._code: dict[str, Path] = {}  # the mounts that hold no secret
         self._unpacking: list[str] = []  # the beginning of the command that starts the agent
@@ -650,8 +652,18 @@ class Attempt:
         if self._sandbox is not None:
             sandbox, self._sandbox = self._sandbox, None
             self._trace.event("destroy")
+            self.left = (
+                f"a sandbox of {self.backend.name}, {sandbox.id}, could not be ended, and may live "
+                f"for {self._lifetime() / 60:.0f} minutes: metaflow-sandbox kill {sandbox.id}"
+            )
             async with _timed(self.timings, "destroy"):
-                await sandbox.destroy()
+                try:
+                    await sandbox.destroy()
+                except Exception as e:
+                    raise SandboxError(
+                        f"{self.left} ({e})", code="not_destroyed", op="destroy"
+                    ) from e
+                self.left = None
 
     async def _say(self, message: str) -> None:
         # Whatever it is made of: an error may quote what came from a sandbox.

@@ -100,21 +100,27 @@ def connect_or_start(command: list[str], directory: str) -> socket | None:
         return None
 
 
-def end(workspace: str, seconds: float) -> None:
-    """Tells a run's supervisor, if there is one, to end, and waits until it has."""
+def end(workspace: str, seconds: float) -> str:
+    """Tells a run's supervisor, if there is one, to end, and waits until it has.
+
+    Returns:
+        What it says is left.
+    """
+    said = b""
     directory = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY)
     try:
         short = f"/proc/self/fd/{directory}" if os.path.exists("/proc/self/fd") else workspace
         line = connect(short)
         line.settimeout(seconds)
         line.sendall(bytes(HEADER))
-        while line.recv(64):
-            pass
+        while piece := line.recv(4096):
+            said += piece
         line.close()
     except OSError:
         pass
     finally:
         os.close(directory)
+    return said.decode(errors="replace")
 
 
 def ask(line: socket, command: list[str]) -> bytes:

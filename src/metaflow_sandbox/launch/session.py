@@ -59,6 +59,7 @@ class Session:
         self.backends: dict[str, str] = {}
         self._preflights: dict[str, Preflight] = {}
         self._said: set[str] = set()
+        self._log: Callable[..., None] = lambda *_, **__: None
         self._discarded: set[Path] = set()
         self._looked: dict[tuple[str, str | None, str], environments.Inside] = {}
 
@@ -76,6 +77,7 @@ class Session:
             SandboxError: its image can't be used.
             InvalidParameter: `env` names a variable that isn't set.
         """
+        self._log = logger
         request.variables()
         backend, preflight = self._choose(request)
         _, notes = request.check(backend)
@@ -222,7 +224,9 @@ class Session:
 
     def close(self) -> None:
         """Ends the supervisor, and removes the run's directory."""
-        client.end(str(self.workspace.path), _END_SECONDS)
+        left = client.end(str(self.workspace.path), _END_SECONDS)
+        for line in left.splitlines():
+            self._log(f"[sandbox] {harmless(line)}", system_msg=True)
         self.workspace.release()
         for path in self._discarded:
             cache.discard(path)
@@ -233,16 +237,16 @@ class Session:
 async def _until_ended(prepare: Callable[[], Awaitable[T]]) -> T:
     """Does it, and ends what it made if this process is asked to end meanwhile.
 
-    SIGINT is asyncio's to handle, and its `KeyboardInterrupt` does the same.
+    SIGINT is taken from asyncio too, whose way to cancel heeds no shield.
 
     Raises:
-        SystemExit: it was asked to.
+        KeyboardInterrupt, SystemExit: it was asked to.
     """
     asked = 0
 
     async def wait_for_signals() -> None:
         nonlocal asked
-        numbers = [signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's
             numbers.append(signal.SIGHUP)
         with anyio.open_signal_receiver(*numbers) as signals:
@@ -255,6 +259,8 @@ async def _until_ended(prepare: Callable[[], Awaitable[T]]) -> T:
             tasks.start_soon(wait_for_signals)
             prepared = await prepare()
             tasks.cancel_scope.cancel()
+    if asked == signal.SIGINT:
+        raise KeyboardInterrupt
     if asked:
         raise SystemExit(128 + asked)
     return prepared

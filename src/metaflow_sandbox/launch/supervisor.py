@@ -38,6 +38,9 @@ from .record import Recorder
 _MAX_MESSAGE = 64 << 20
 _BACKLOG = 1024
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 0.05
+_PART_SECONDS = 20.0  # that the session waits for the end of sandboxes; they are tried longer
+_MOST_TOLD = 16 << 10
 _RECORDING = 4  # attempts that may have a blob in memory
 
 
@@ -56,6 +59,8 @@ class Supervisor:
         self._readers = Readers()
         self._recording = anyio.CapacityLimiter(_RECORDING)
         self._ended = anyio.Event()
+        self._attempts: list[Attempt] = []
+        self._problems: list[str] = []  # of attempts that had told their exit codes
 
     async def serve(self, listener: socket.socket) -> None:
         """Accepts clients until `end`; then ends what is left of their attempts."""
@@ -89,7 +94,8 @@ class Supervisor:
                 words = await self._receive(line, fds)
                 if words is None:
                     self.end()
-                    await self._hung_up(line)  # held until this process ends
+                    with anyio.CancelScope(shield=True):
+                        await self._part(line)
                 elif len(fds) == 2:
                     await self._run(words, fds, line)
 
@@ -119,6 +125,14 @@ class Supervisor:
             if not line.recv(64):
                 return
 
+    async def _part(self, line: socket.socket) -> None:
+        """Waits until the attempts have ended, for a while, and tells what is left of them."""
+        with anyio.move_on_after(_PART_SECONDS):
+            while self._attempts:  # noqa: ASYNC110 - they are cancelled one by one
+                await anyio.sleep(_LOOK_SECONDS)
+        left = [*self._problems, *(attempt.left for attempt in self._attempts if attempt.left)]
+        line.send("\n".join(left).encode()[:_MOST_TOLD])
+
     async def _run(self, words: list[str], fds: list[int], line: socket.socket) -> None:
         """Runs an attempt for as long as its client lives, and tells the client its exit code."""
         _, err = fds
@@ -129,9 +143,12 @@ class Supervisor:
             fds.clear()
             with contextlib.suppress(OSError):  # the client is gone
                 line.send(b"%d" % code)
+                line.shutdown(socket.SHUT_WR)  # it waits for no more, such as a sandbox's end
 
+        attempt = None
         try:
             attempt = self._attempt(words, *fds)
+            self._attempts.append(attempt)
             with plain_errors():
                 async with anyio.create_task_group() as tasks:
 
@@ -147,8 +164,14 @@ class Supervisor:
         except Exception:  # one attempt's surprise is not another's end
             problem = traceback.format_exc()
         else:
-            problem = "the attempt was ended."
-        if fds:
+            problem = ""
+        finally:
+            if attempt is not None:
+                self._attempts.remove(attempt)
+        if not fds:
+            self._problems += [problem] if problem else []
+        else:
+            problem = problem or "the attempt was ended."
             await write_all(err, f"[sandbox] {message(problem)}\n".encode())
             report(1)
 

@@ -46,6 +46,9 @@ _CREATE_SECONDS = 60.0  # some servers answer when it has started, or after 30 s
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 10.0
 _ENDING = ("destroyed", "destroying")
+_DESTROY_SECONDS = 180.0  # whoever forgets one pays for it
+_LATE_SECONDS = 30.0  # after which a creation whose answer was lost comes no more
+_LONGEST_PAUSE = 5.0
 _SDK_LABEL = "code-toolbox-language"
 
 
@@ -325,8 +328,10 @@ class Daytona(Backend):
             await anyio.lowlevel.checkpoint_if_cancelled()
             return await self._started(sdk, made.id)
         except BaseException as e:
-            if made is not None or faults.is_transient(e):
-                await self._destroy_quietly(sdk, made.id if made else name)
+            if made is not None:
+                await self._destroy_quietly(sdk, made.id)
+            elif faults.is_local(e) or faults.is_transient(e):
+                await self._destroy_quietly(sdk, name, late=faults.is_unanswered(e))
             if isinstance(e, SandboxError) or not isinstance(e, Exception):
                 raise
             raise faults.explain(e, "create", client.url()) from e
@@ -407,33 +412,45 @@ class Daytona(Backend):
 
     async def destroy(self, sandbox_id: str) -> None:
         async with self.clients.one() as sdk:
-            await self._destroy(sdk, sandbox_id)
+            await self._destroy(sdk, sandbox_id, _DESTROY_SECONDS)
 
-    async def _destroy(self, sdk: AsyncDaytona, sandbox_id: str) -> None:
-        """Asks for the end of a sandbox, which Daytona then brings about by itself."""
+    async def _destroy(
+        self, sdk: AsyncDaytona, sandbox_id: str, patience: float, late: bool = False
+    ) -> None:
+        """Asks for the end of a sandbox, which Daytona then brings about by itself.
+
+        Args:
+            patience: seconds for which that is tried.
+            late: whether one that isn't there may still come.
+        """
         from daytona_api_client_async import SandboxApi
 
         remove = functools.partial(SandboxApi(client.api(sdk)).delete_sandbox, sandbox_id)
-        patience = time.monotonic() + client.CALL_SECONDS
+        over = time.monotonic() + patience
         pause = 0.1
         while True:
             try:
-                await client.call("destroy", remove, again=True)
+                await client.call("destroy", remove, again=True, patience=patience)
             except Exception as e:
-                if faults.status_of(e) == 404:
+                missing, decided = faults.status_of(e) == 404, not faults.is_transient(e)
+                if missing and not late:
                     return
-                # It changes its state just now: it is starting, for instance.
-                if faults.status_of(e) != 409 or time.monotonic() > patience:
+                # A conflict: it changes its state just now, as it is starting, for instance.
+                if (decided and not missing and faults.status_of(e) != 409) or (
+                    time.monotonic() > over
+                ):
                     raise faults.explain(e, "destroy", client.url(), nothing_ran=False) from e
                 await anyio.sleep(pause)
-                pause = min(pause * 2, 2.0)
+                pause = min(pause * 2, _LONGEST_PAUSE)
             else:
                 return
 
-    async def _destroy_quietly(self, sdk: AsyncDaytona, sandbox_id: str) -> None:
+    async def _destroy_quietly(
+        self, sdk: AsyncDaytona, sandbox_id: str, late: bool = False
+    ) -> None:
         """For a creation that failed; its lifetime ends what can't be ended now."""
         with anyio.CancelScope(shield=True), contextlib.suppress(Exception):
-            await self._destroy(sdk, sandbox_id)
+            await self._destroy(sdk, sandbox_id, _LATE_SECONDS, late)
 
     async def _ask(self, op: str, make: Any, seconds: float = client.CALL_SECONDS) -> Any:
         try:

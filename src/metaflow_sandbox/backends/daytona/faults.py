@@ -98,6 +98,11 @@ def is_transient(error: BaseException) -> bool:
     return status in _TRANSIENT if status is not None else not is_local(error)
 
 
+def is_unanswered(error: BaseException) -> bool:
+    """Whether what was asked for may still be on its way."""
+    return status_of(error) in (None, 408, 504) and not is_local(error)
+
+
 def is_local(error: BaseException) -> bool:
     """Whether the SDK refused by itself."""
     return any(type(e).__module__.startswith("pydantic") for e in chain(error))

@@ -144,7 +144,7 @@ class DaytonaSandbox(Sandbox):
         self.backend, self.id, self.network = backend, box.id, network
         self._box = box
         self._sessions: list[str] = []  # whose shells wait for a command
-        self._destroyed = False
+        self._destroyed = self._released = False
         self._out_of_memory = False
 
     # --- commands
@@ -463,11 +463,13 @@ class DaytonaSandbox(Sandbox):
     async def destroy(self) -> None:
         if self._destroyed:
             return
-        self._destroyed = True
         try:
             await self.backend.destroy(self.id)
+            self._destroyed = True
         finally:
-            await self.backend.clients.release()
+            if not self._released:
+                self._released = True
+                await self.backend.clients.release()
 
 
 class _FileProblem(SandboxError):

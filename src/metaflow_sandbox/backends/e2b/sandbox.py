@@ -34,7 +34,9 @@ USER = "user"
 _MARK = "METAFLOW_SANDBOX_COMMAND"
 _PROGRAM = Path(__file__).with_name("inside.py").read_text()
 _ENDING_SECONDS = 8.0
-_DESTROY_SECONDS = 20.0
+_DESTROY_SECONDS = 180.0
+_KILL_SECONDS = 10.0
+_LONGEST_PAUSE = 5.0
 _PIECE = 1 << 18
 _LONGEST_LINE = 1 << 16
 #: Ends every process that has a mark among its variables, its own variables excepted. As
@@ -285,6 +287,7 @@ class _Running:
         self._sinks = {"o": on_stdout, "e": on_stderr}
         self._rest = ""
         self._heard = _Progress()
+        self._taking = False
         self._failed: list[Exception] = []
         self._handle: AsyncCommandHandle[None] | None = None
 
@@ -333,7 +336,11 @@ class _Running:
     async def _watch(self) -> None:
         """Ends the wait when nothing was heard for long: the SDK itself would wait for ever."""
         quiet = self._sandbox.quiet_seconds
-        await self._heard.stalls(quiet)
+        while True:
+            await self._heard.stalls(quiet)
+            if not self._taking:
+                break
+            self._heard.note()
         with translated("exec", self._sandbox.id), anyio.fail_after(10):
             if not await self._sandbox.remote.is_running(request_timeout=5):
                 raise SandboxGone(f"the sandbox {self._sandbox.id} is gone", op="exec")
@@ -341,12 +348,17 @@ class _Running:
 
     async def _guarded(self, take: Any, text: str) -> None:
         """Keeps what a sink raises, which the SDK would take for its own."""
-        self._heard.note()
+        # How long a sink takes, such as one for a terminal that somebody holds up, says nothing
+        # of the connection.
+        self._taking = True
         try:
             await take(text)
         except Exception as e:
             self._failed.append(e)
             raise
+        finally:
+            self._taking = False
+            self._heard.note()
 
     async def _lines(self, text: str) -> None:
         lines = (self._rest + text).split("\n")
@@ -395,15 +407,17 @@ async def kill(sandbox_id: str) -> None:
     from e2b import AsyncSandbox
 
     patience = time.monotonic() + _DESTROY_SECONDS
+    pause = 0.5
     while True:
         try:
-            await AsyncSandbox.kill(sandbox_id, request_timeout=_DESTROY_SECONDS / 2)
+            await AsyncSandbox.kill(sandbox_id, request_timeout=_KILL_SECONDS)
         except Exception as e:
             if getattr(e, "status_code", None) in (400, 404):
                 return  # no such sandbox
             error = translate(e, "destroy", sandbox_id)
             if isinstance(error, BackendUnavailable) or time.monotonic() > patience:
                 raise error from e
-            await anyio.sleep(0.5)
+            await anyio.sleep(pause)
+            pause = min(pause * 2, _LONGEST_PAUSE)
         else:
             return
