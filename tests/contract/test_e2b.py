@@ -336,7 +336,7 @@ def test_a_sandbox_is_ended_though_the_first_answers_are_that_it_can_not_be(acco
 
 
 def test_an_image_whose_python_has_another_name_can_be_used_by_it(account):
-    recipe = Recipe("busybox", python="/run/python3")  # the emulator's own
+    recipe = Recipe("busybox:1", python="/run/python3")  # the emulator's own
 
     async def use():
         prepared = await E2B().prepare(recipe)
@@ -348,7 +348,7 @@ def test_an_image_whose_python_has_another_name_can_be_used_by_it(account):
 
     assert anyio.run(use).stdout == b"well\n"
     with pytest.raises(SandboxError, match="it has no python3, 3.8 or later") as raised:
-        anyio.run(E2B().prepare, Recipe("busybox"))
+        anyio.run(E2B().prepare, Recipe("busybox:1"))
     assert raised.value.code == "no_python"
 
 

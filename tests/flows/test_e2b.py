@@ -135,6 +135,7 @@ def test_large_artifacts_retries_catch_and_networks(project, e2b):
     project.write("flow.py", EVERYTHING)
     output = project.run("flow.py", "run").ok().output
     assert "TRY 0" in output and "TRY 1" in output
+    assert "Step large: with a list of hosts E2B lets everything through to 8.8.8.8" in output
     answer = project.client('d = Flow("Everything").latest_run.data; answer = [d.same, d.failed]')
     assert answer == [True, True]
 
@@ -258,8 +259,11 @@ BAD = [
         "Check the network, HTTPS_PROXY and NO_PROXY",
     ),
     ('(template="nobodys")', {}, "E2B has no such template that is ready"),
-    ('(image="busybox")', {}, "it has no python3, 3.8 or later"),
+    ('(image="busybox:1")', {}, "it has no python3, 3.8 or later"),
     ('(image="python:3.11", executable="/opt/python")', {}, "it has no /opt/python, 3.8 or later"),
+    ('(image="python")', {}, "name a version or a digest"),
+    ('(network=["93.184.216.34"])', {}, "Name the host instead"),
+    ("(cache=False)", {}, "cache=False can't be had from e2b"),
     ('(image="no/such:image")', {}, "Check the image's name"),
     ('(setup=["echo why it failed; exit 3"])', {}, "why it failed"),
     ('(image="python:3.12-slim", template="mine")', {}, "Leave one out"),
@@ -359,6 +363,20 @@ def test_a_run_that_is_ended_leaves_no_sandbox(project, e2b, name):
     os.killpg(process.pid, signal.Signals[name])
     process.communicate(timeout=200)
     # The fixtures see that nothing is left, here and there.
+
+
+def test_ctrl_c_while_the_launch_makes_a_sandbox_leaves_none(project, e2b):
+    e2b.cloud(boot=3)
+    project.write("flow.py", small(parameters='(template="base")'))
+    process = project.start("flow.py", "run")
+    while ("POST", "/v2/sandboxes") not in calls(e2b):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    time.sleep(4)  # it would be there by now
+    assert e2b.living() == []
 
 
 def test_what_a_killed_run_leaves_is_found_and_ended_by_gc(project, e2b):

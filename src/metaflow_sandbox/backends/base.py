@@ -283,6 +283,24 @@ class Completed:
     stderr: bytes
 
 
+def refuse_latest(image: str, provider: str) -> None:
+    """For providers that keep what they made of an image: one without a version changes.
+
+    Raises:
+        SandboxError: with what to write.
+    """
+    name = image.rpartition("/")[2]
+    if "@" in name or (":" in name and not name.endswith(":latest")):
+        return
+    raise SandboxError(
+        f"image={image!r}: name a version or a digest, such as {image.partition(':')[0]}:3.12, "
+        f"since {provider} takes no latest one.",
+        code="image_failed",
+        op="prepare",
+        retryable=False,
+    )
+
+
 class Sandbox(ABC):
     """One disposable machine."""
 
@@ -472,6 +490,10 @@ class Backend(ABC):
     #: what to do about it, in a sentence. None: as long as it likes.
     longest_step: float | None = None
     longest_step_remedy: str = ""
+    #: What a list of hosts lets through beside them, in a sentence.
+    hosts_remark: str = ""
+    #: Whether what `prepare` makes stays with the provider, where only its user deletes it.
+    keeps_builds: bool = False
     #: Whether sandboxes are on somebody else's machines. What a step doesn't ask for is the
     #: provider's to choose then, not METAFLOW_SANDBOX_MEMORY's and METAFLOW_SANDBOX_DISK's.
     hosted: bool = False

@@ -299,6 +299,13 @@ class Request:
                 f"network={network!r} can't be had from {backend.name}, which gives: "
                 f"{', '.join(limits.network)}. Leave it out, or choose another backend."
             )
+        if isinstance(network, (list, tuple)) and backend.hosts_remark:
+            notes.append(backend.hosts_remark)
+        if self.cache is False and backend.keeps_builds:
+            raise NotEnforceable(
+                f"cache=False can't be had from {backend.name}: what is built there stays, and the "
+                "next run finds it by what is in it. Leave it out; delete what is to be built anew."
+            )
         longest = backend.longest_step
         if longest is not None and self.deadline > longest:
             if self.timeout or self.step_timeout:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from ..admission.text import harmless
 from ..backends import registry
 from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, Say
 from ..concurrency import plain_errors
-from ..errors import BackendUnavailable, SandboxError
+from ..errors import BackendUnavailable, NotEnforceable, SandboxError
 from ..leases import Lease, living
 from . import client
 from .job import save_prepared
@@ -128,7 +129,9 @@ class Session:
         )
         if found is None:
             return await backend.prepare(plain, say), None
-        cached = request.cache is not False and not environment._force_rebuild
+        # What a provider keeps is found by what is in it, so that it is the same one anew.
+        anew = request.cache is False or environment._force_rebuild
+        cached = backend.keeps_builds or not anew
         recipe = found.recipe(plain, backend, self.workspace.path, cached)
         prepared = await backend.prepare(recipe, say)
         if not cached:
@@ -156,7 +159,12 @@ class Session:
             options=plain.options,
             python=executable,
         )
-        sandbox = await backend.create(spec)
+        try:
+            sandbox = await backend.create(spec)
+        except NotEnforceable:
+            if spec.network is None:
+                raise
+            sandbox = await backend.create(replace(spec, network=None))
         try:
             done = await sandbox.run([python, "-I", "-S", "-c", _LOOK], timeout=_LOOK_SECONDS)
         finally:

@@ -22,7 +22,7 @@ IMAGES = {
     "python:3.12-slim": (),
     "python:3.11": (),
     "debian:12": (),
-    "busybox": ("python3*", "pydoc3*"),
+    "busybox:1": ("python3*", "pydoc3*"),
 }
 _LETTERS = string.ascii_lowercase + string.digits
 

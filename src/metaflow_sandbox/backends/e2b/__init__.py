@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import ipaddress
 import math
 import os
 import random
@@ -46,6 +47,7 @@ from ..base import (
     SandboxSpec,
     Say,
     network_kind,
+    refuse_latest,
     unsaid,
 )
 from . import templates
@@ -80,6 +82,10 @@ class E2B(Backend):
     quota = Quota(concurrent=20, per_second=1)
     longest_lifetime = 1800.0
     hosted = True
+    keeps_builds = True
+    hosts_remark = (
+        "with a list of hosts E2B lets everything through to 8.8.8.8 too, by which names are found."
+    )
     work = templates.WORK
     inbox = templates.INBOX
 
@@ -91,6 +97,18 @@ class E2B(Backend):
             "If your plan of E2B's has longer sandboxes, say so: export METAFLOW_SANDBOX_E2B_HOURS="
             "24."
         )
+
+    def refuse(self, spec: SandboxSpec) -> None:
+        super().refuse(spec)
+        for host in spec.network if isinstance(spec.network, (list, tuple)) else ():
+            with contextlib.suppress(ValueError):
+                ipaddress.ip_network(host, strict=False)
+                raise NotEnforceable(
+                    f"network: {host}: of an address E2B opens every port and protocol. Name the "
+                    "host instead.",
+                    op="create",
+                    retryable=False,
+                )
 
     def account(self) -> str:
         key = hashlib.sha256(os.environ.get("E2B_API_KEY", "").encode()).hexdigest()
@@ -141,6 +159,8 @@ class E2B(Backend):
                 "Leave one out.",
                 op="prepare",
             )
+        if recipe.image is not None:
+            refuse_latest(recipe.image, "E2B")
         if not templates.needed(recipe):
             if own is not None:
                 await self._check(sdk, recipe, own, f"template={own!r}", say)
