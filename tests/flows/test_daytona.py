@@ -641,6 +641,43 @@ async def test_an_installation_is_done_once_and_found_by_launchers_that_come_tog
         await sandbox.destroy()
 
 
+@pytest.mark.anyio
+async def test_an_installation_needs_no_more_than_a_restricted_tier_has(
+    cloud, backend, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(backends, "_TIERS", {})
+    cloud.set(restricted=True, sees_organization=False)
+    (tmp_path / "script").write_text("true")
+    where = f"{backend.work}/in"
+    recipe = Recipe(files={where: tmp_path}, install=("sh", f"{where}/script"), prefix="/env")
+    assert (await backend.prepare(recipe)).image
+    assert cloud.wait_until_none_lives()
+
+
+@pytest.mark.anyio
+async def test_who_waits_for_a_build_is_told_where_it_is_and_for_how_long_it_may_be(
+    cloud, backend, tmp_path
+):
+    (tmp_path / "script").write_text(f"sleep 5; echo {tmp_path.name}")
+    where = f"{backend.work}/in"
+    recipe = Recipe(files={where: tmp_path}, install=("sh", f"{where}/script"), prefix="/env")
+    lines = []
+
+    async def say(line):
+        lines.append(line)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(backend.prepare, recipe)
+        while not cloud.living():
+            await anyio.sleep(0.05)
+        (builder,) = cloud.living()
+        assert cloud.state()["requests"][builder]["ttlMinutes"] == 15  # and it is renewed
+        with anyio.move_on_after(2):
+            await backends.Daytona().prepare(recipe, say)
+    (line,) = lines
+    assert f"metaflow-sandbox kill {builder}" in line
+
+
 def test_a_foreach_meets_a_rate_limit_and_latency_without_an_error(user, cloud):
     foreach(user, cloud, 8)
 

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from ..base import (
     SandboxInfo,
     SandboxSpec,
     Say,
+    refuse_latest,
     unsaid,
 )
 from . import client, faults, network, snapshots
@@ -42,6 +43,7 @@ from .snapshots import Size
 if TYPE_CHECKING:
     from daytona import AsyncDaytona, AsyncSandbox
 
+_BUILDER_SECONDS = 900.0  # that others wait at most for one whose launcher was killed
 _CREATE_SECONDS = 60.0  # some servers answer when it has started, or after 30 s
 _START_SECONDS = 300.0
 _LOOK_SECONDS = 10.0
@@ -87,6 +89,7 @@ class Daytona(Backend):
     quota = Quota(concurrent=10, per_second=5)
     longest_lifetime = 3600.0
     hosted = True
+    keeps_builds = True
     # Every image has /tmp, whoever its user is.
     work = "/tmp/metaflow-sandbox"  # noqa: S108 - inside
     inbox = "/tmp/metaflow-sandbox/inbox"  # noqa: S108 - inside
@@ -208,7 +211,7 @@ class Daytona(Backend):
         if recipe.image is None and recipe.plain and not size.given:
             return Prepared()  # the account's default snapshot
         image = recipe.image or self._default_image()
-        snapshots.refuse_latest(image)
+        refuse_latest(image, self.name)
         base = replace(recipe, files={}, install=(), prefix=None)
         name = await anyio.to_thread.run_sync(snapshots.name_of, base, size, image)
         async with self.clients.one() as sdk:
@@ -233,26 +236,32 @@ class Daytona(Backend):
             await snapshots.forget_failed(sdk, name)
             spec = SandboxSpec(
                 {"metaflow-purpose": "prepare"},
-                lifetime=snapshots.BUILD_SECONDS,
+                lifetime=_BUILDER_SECONDS,
                 network=False if "none" in self.limits().network else None,
             )
             try:
                 sandbox = await self._make(spec, base, builder)
+            except NotEnforceable:
+                if spec.network is None:
+                    raise
+                continue  # the tier is known now
             except SandboxError as e:
                 if faults.status_of(e) != 409:
                     raise
-                await say(f"waiting for another launcher, which makes {name}.")
-                await self._ended(sdk, builder)
+                await self._ended(sdk, builder, say)
                 continue
             try:
-                await snapshots.install(sandbox, recipe, say)
-                await sandbox.capture(name, snapshots.BUILD_SECONDS)
+                async with _renewed(sandbox):
+                    await snapshots.install(sandbox, recipe, say)
+                    await sandbox.renew(_BUILDER_SECONDS)
+                    await sandbox.capture(name, snapshots.BUILD_SECONDS)
             finally:
                 with anyio.CancelScope(shield=True):
                     await sandbox.destroy()
 
-    async def _ended(self, sdk: AsyncDaytona, name: str) -> None:
-        """Waits until a sandbox is gone, or about to be."""
+    async def _ended(self, sdk: AsyncDaytona, name: str, say: Say) -> None:
+        """Waits until another launcher's sandbox is gone, or about to be."""
+        said = False
         async for _ in snapshots.waiting():
             try:
                 box = await client.call("prepare", functools.partial(sdk.get, name), again=True)
@@ -262,6 +271,14 @@ class Daytona(Backend):
                 raise faults.explain(e, "prepare", client.url()) from e
             if getattr(box.state, "value", "") in _ENDING:
                 return
+            if not said:
+                said = True
+                await say(
+                    f"waiting for the sandbox {box.id}, in which another launcher makes what this "
+                    f"step needs. If that was killed, it ends by itself within "
+                    f"{_BUILDER_SECONDS / 60:.0f} minutes, or now by: metaflow-sandbox kill "
+                    f"{box.id}"
+                )
 
     @staticmethod
     def _default_image() -> str:
@@ -336,8 +353,7 @@ class Daytona(Backend):
                 raise
             raise faults.explain(e, "create", client.url()) from e
 
-    @staticmethod
-    def _hold(made: Any, spec: SandboxSpec) -> None:
+    def _hold(self, made: Any, spec: SandboxSpec) -> None:
         """Sees that the network is the one that was asked for: a tier may overrule it.
 
         Raises:
@@ -345,6 +361,7 @@ class Daytona(Backend):
         """
         for key, value in network.settings(spec.network).items():
             if getattr(made, key) != value:
+                _TIERS[self.account()] = replace(self._tier, restricted=True)
                 raise NotEnforceable(
                     f"network={spec.network!r}: Daytona made a sandbox without it, as your tier "
                     "does not have it. Leave it out, or see "
@@ -457,6 +474,23 @@ class Daytona(Backend):
             return await client.call(op, make, seconds=seconds, again=True)
         except Exception as e:
             raise faults.explain(e, op, client.url()) from e
+
+
+@contextlib.asynccontextmanager
+async def _renewed(sandbox: DaytonaSandbox) -> AsyncIterator[None]:
+    """Keeps a sandbox alive in which something is built."""
+
+    async def renew() -> None:
+        while True:
+            await anyio.sleep(_BUILDER_SECONDS / 4)
+            with contextlib.suppress(Exception):
+                await sandbox.renew(_BUILDER_SECONDS)
+
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(renew)
+            yield
+            tasks.cancel_scope.cancel()
 
 
 def _seconds(created: str | None) -> float | None:

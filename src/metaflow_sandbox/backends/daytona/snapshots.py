@@ -83,8 +83,8 @@ def definition(recipe: Recipe, image: str) -> Image:
     from daytona import Image
 
     made = Image.base(image)
-    # An image may have an ordinary user of its own; `setup` is promised root.
-    made = made.dockerfile_commands(["USER root"])
+    if recipe.setup:  # which is promised root; an image may have an ordinary user of its own
+        made = made.dockerfile_commands(["USER root"])
     for command in recipe.setup:
         made = made.run_commands(f"sh -c {shlex.quote(command)}")
     return made.run_commands(f"python3 -c {shlex.quote(_CHECK)}")
@@ -288,24 +288,6 @@ async def _log_of(sdk: AsyncDaytona, name: str) -> list[str]:
         text = await anyio.to_thread.run_sync(fetch, where.url, abandon_on_cancel=True)
         return _lines(text.decode(errors="replace"))[-_LOG_KEPT:]
     return []
-
-
-def refuse_latest(image: str) -> None:
-    """What an image without a version is changes, and Daytona keeps what it made of it.
-
-    Raises:
-        SandboxError: with what to write.
-    """
-    name = image.rpartition("/")[2]
-    if "@" in name or (":" in name and not name.endswith(":latest")):
-        return
-    raise SandboxError(
-        f"image={image!r}: name a version or a digest, such as {image.partition(':')[0]}:3.12, "
-        "since Daytona takes no latest one.",
-        code="image_failed",
-        op="prepare",
-        retryable=False,
-    )
 
 
 def refuse_with_snapshot(recipe_or_spec: Any, size: Size) -> None:
