@@ -5,6 +5,7 @@ of its own: `test_the_pickle_does_harm_when_it_is_unpickled`. The interpreter re
 """
 
 import collections
+import copyreg
 import datetime
 import fractions
 import os
@@ -18,6 +19,8 @@ import numpy
 import pandas
 import pytest
 import pytz
+from pandas._libs.internals import _unpickle_block
+from pandas.core.internals.managers import BlockManager
 
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
 
@@ -32,6 +35,17 @@ class Made:
 
     def __reduce__(self):
         return self.parts
+
+
+class MadeAnew(Made):
+    """The same by NEWOBJ, which pickle writes for the object's own class alone."""
+
+    def __init__(self, cls, state):
+        super().__init__(copyreg.__newobj__, (cls,), state)
+
+    @property
+    def __class__(self):
+        return self.parts[1][0]
 
 
 def in_a_child(function, seconds=5):
@@ -104,6 +118,27 @@ def with_slice(stop):
     return FRAME.replace(mark, b"K\x00K" + bytes([stop]) + b"K\x01\x87", 1)
 
 
+def block(places, values):
+    return Made(_unpickle_block, (values, places, 2))
+
+
+def frame(*blocks, columns):
+    manager = Made(BlockManager, (blocks, [pandas.RangeIndex(columns), pandas.RangeIndex(1)]))
+    state = {"_mgr": manager, "_typ": "dataframe", "_metadata": [], "attrs": {}}
+    return MadeAnew(pandas.DataFrame, {**state, "_flags": {"allows_duplicate_labels": True}})
+
+
+ROWS = numpy.arange(3).reshape(3, 1)
+SHARED = block(numpy.array([0, 1, 2]), ROWS)
+
+
+def widened(data):
+    """A column more for the first of two frames, and then the second is looked at."""
+    one, other = pickle.loads(data)
+    one.insert(0, "more", 1)
+    return other[2]
+
+
 def attributes_of(cls):
     """BUILD on the class itself, with a state for slots."""
     name = f"{cls.__module__}\n{cls.__qualname__}\n".encode()
@@ -167,6 +202,11 @@ ATTACKS = {
         lambda data: str(pickle.loads(data)),
         ("ValueError", "AssertionError", "IndexError", "crashed"),
     ),
+    "columns before the first": (
+        frame(block(numpy.array([-3, -2, -1]), ROWS), columns=3),
+        lambda data: pickle.loads(data)[2],
+        ("AssertionError", "crashed"),
+    ),
     "BUILD on a class": (attributes_of(fractions.Fraction), lambda data: injected(), "1"),
     "a zone of the host's process": (ADDED_ZONE, lambda data: zones(), "1"),
     "a time that isn't one": (
@@ -208,7 +248,17 @@ def test_a_pickle_that_names_only_data_and_is_none_is_refused(name):
     assert in_a_child(load) == "refused"
 
 
+def test_frames_that_share_their_columns_part_when_one_is_changed():
+    data = pickle.dumps([frame(SHARED, columns=3), frame(SHARED, columns=3)])
+    assert in_a_child(lambda: widened(data)) in ("AssertionError", "IndexError", "crashed")
+    one, other = load_data(data)
+    one.insert(0, "more", 1)
+    assert list(other.loc[0]) == [0, 1, 2]
+
+
 FORGED = {
+    "columns that are not there": frame(block(numpy.array([0, 3]), ROWS[:2]), columns=2),
+    "columns that come twice": frame(block(numpy.array([0, 0]), ROWS[:2]), columns=2),
     "more items than bytes": array(dtype("f8", *NUMBERS), (4,), floats(3)),
     "fewer items than bytes": array(dtype("f8", *NUMBERS), (2,), floats(3)),
     "a length below zero": array(dtype("f8", *NUMBERS), (-1, -3), floats(3)),

@@ -4,8 +4,8 @@
     make fuzz FUZZ_SECONDS=3600
 
 Each process has 3 GB and its own time: what executes, imports, crashes, hangs or grows
-ends it, and leaves the bytes in `build/fuzz/`. What loads is shown, since it is then that
-a forged value does its harm.
+ends it, and leaves the bytes in `build/fuzz/`. What loads is shown and used, since it is
+then that a forged value does its harm.
 
 Atheris is not among the development requirements, since it is there for some Pythons
 only: `pip install atheris`.
@@ -33,11 +33,21 @@ FORBIDDEN = (
 )
 
 
-def seeds():
-    """Pickles of each type of data, by each protocol."""
+def known_types():
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "unit")]
-    import test_pickles_types as known
+    import test_pickles_types
+
+    return test_pickles_types
+
+
+def seeds():
+    """Pickles of each type of data, by each protocol, and forged ones."""
+    known = known_types()
+    from tests.attacks.test_pickles import ATTACKS, FORGED, bytes_of
     from tests.unit.test_pickles import SPECIAL
+
+    for forged in [*(attack for attack, *_ in ATTACKS.values()), *FORGED.values()]:
+        yield bytes_of(forged)[: 1 << 12]
 
     values = [*known.RARE_ARRAYS.values(), *known.FRAMES.values(), *SPECIAL.values()]
     for value in values:
@@ -55,6 +65,7 @@ def fuzz(arguments):
 
     with atheris.instrument_imports(include=["metaflow_extensions.sandbox.plugins.pickles"]):
         from metaflow_extensions.sandbox.plugins import pickles
+    use = known_types().use
 
     watching = []
 
@@ -71,7 +82,7 @@ def fuzz(arguments):
         finally:
             watching.pop()
         with contextlib.suppress(Exception):  # a date that no calendar has, for one
-            repr(loaded)
+            use(loaded)
 
     sys.addaudithook(audit)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

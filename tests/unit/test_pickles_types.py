@@ -374,6 +374,24 @@ def test_what_people_do_with_frames_loads_as_pickle_loads_it(value, protocol):
 # --- and what isn't one of them any more ------------------------------------------
 
 
+def use(value):
+    """What a user does with what was loaded: it is then that a forged value does its harm."""
+    repr(value)
+    if isinstance(value, pandas.DataFrame):
+        for place in range(value.shape[1]):
+            use(value.iloc[:, place])
+        value.insert(0, object(), 0)
+        value.pop(value.columns[-1])
+    elif isinstance(value, pandas.Series):
+        use(value.index)
+        value.iloc[::-1].sort_values()
+    elif isinstance(value, pandas.Index):
+        value.get_indexer_for(value[:1])
+        value.sort_values()
+    elif isinstance(value, numpy.ndarray):
+        numpy.sort(value.ravel()).tolist()
+
+
 def changed(data, random):
     """The bytes with a few of them changed, moved or taken out."""
     data = bytearray(data)
@@ -404,7 +422,7 @@ def test_changed_pickles_of_arrays_and_frames_crash_and_hang_nobody():
                 value = load_data(data, seconds=5)
                 loaded += 1
                 with contextlib.suppress(Exception):  # a date that no calendar has, for one
-                    repr(value)
+                    use(value)
         return "some loaded" if loaded else "none loaded"
 
     assert in_a_child(load_all, seconds=100) == "some loaded"

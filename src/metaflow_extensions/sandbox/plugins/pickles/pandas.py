@@ -259,7 +259,7 @@ def _backed(machine: Machine, args: tuple[Any, ...]) -> Pending:
         if not 2 <= len(parts) <= 3:
             raise odd("an array has a state")
         dtype, values = value_of(parts[0]), value_of(parts[1])
-        if type(values) is not numpy.ndarray or values.ndim > 2:
+        if type(values) is not numpy.ndarray or not 1 <= values.ndim <= 2:
             raise odd("an array has a state")
         more = fields_of(parts[2], "_freq", "_cache", "_readonly") if len(parts) == 3 else {}
         made = _MAKERS[str(kind)](machine, dtype, values, more.get("_freq"))
@@ -496,6 +496,8 @@ def _block(machine: Machine, args: tuple[Any, ...]) -> Any:
         count = len(range(*ends))
     elif type(places) is numpy.ndarray and places.dtype == numpy.int64 and places.ndim == 1:
         places = places.copy()
+        if places.size and places.min() < 0:
+            raise odd("a column has a place")
         count = len(places)
     else:
         raise odd("a column has a place")
@@ -529,10 +531,15 @@ def _blocks(machine: Machine, args: tuple[Any, ...]) -> Any:
         raise Refused("the pickle has a frame whose columns and names don't agree")
     seen: Any = numpy.zeros(columns, bool)
     for block in blocks:
-        seen[block.mgr_locs.as_array] = True
+        places = block.mgr_locs.as_array
+        # Below zero numpy counts from the end, and pandas writes before its arrays.
+        if places.size and not 0 <= places.min() <= places.max() < columns:
+            raise Refused("the pickle has a frame whose columns and names don't agree")
+        seen[places] = True
     if not seen.all():
         raise Refused("the pickle has a frame whose columns and names don't agree")
-    return BlockManager(blocks, list(axes))
+    # A frame that gets a column moves the places of its blocks, so it shares none.
+    return BlockManager(tuple(block.copy(deep=False) for block in blocks), list(axes))
 
 
 def _block_of_series(machine: Machine, args: tuple[Any, ...]) -> Pending:
