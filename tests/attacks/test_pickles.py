@@ -10,6 +10,7 @@ import datetime
 import fractions
 import os
 import pickle
+import pickletools
 import resource
 import signal
 import struct
@@ -22,7 +23,7 @@ import pytz
 from pandas._libs.internals import _unpickle_block
 from pandas.core.internals.managers import BlockManager
 
-from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data
+from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, opcodes
 
 GIGABYTE = 1 << 30
 
@@ -313,6 +314,81 @@ FORGED = {
 def test_a_forged_value_is_refused(name):
     with pytest.raises(Refused):
         load_data(bytes_of(FORGED[name]))
+
+
+# --- what ends by recursion in C when it is dropped -------------------------------------
+
+
+def code_of(made):
+    return pickletools.optimize(pickle.dumps(made, 3))[2:-1]
+
+
+# {kind: (what begins one of them, what ends it)}
+KINDS = {
+    "deque": (b"ccollections\ndeque\n)R", b"a"),
+    "defaultdict": (b"ccollections\ndefaultdict\n)RK\x01", b"s"),
+    "array": (
+        code_of(Made(core, (numpy.ndarray, (0,), b"b")))
+        + b"(K\x01K\x01\x85"
+        + code_of(OBJECTS)
+        + b"\x89]",
+        b"atb",
+    ),
+}
+
+
+def deep(times, *kinds):
+    starts, ends = zip(*kinds, strict=True)
+    return b"\x80\x03" + b"".join(starts) * times + b"N" + b"".join(ends[::-1]) * times + b"."
+
+
+def linked(times):
+    """Deques in each other, from the outermost to the innermost."""
+    links = b"".join(
+        b"j%bj%ba0" % (struct.pack("<I", i), struct.pack("<I", i + 1)) for i in range(times)
+    )
+    return b"\x80\x04" + (KINDS["deque"][0] + b"\x940") * (times + 1) + links + b"j\0\0\0\0."
+
+
+def loaded_and_dropped(load, data):
+    try:
+        load(data)
+    except Refused:
+        return "refused"
+    return "dropped"
+
+
+DEEP = {
+    "deque": deep(200_000, KINDS["deque"]),
+    "defaultdict": deep(100_000, KINDS["defaultdict"]),
+    "array": deep(20_000, KINDS["array"]),
+    "all of them": deep(20_000, *KINDS.values()),
+    "linked": linked(200_000),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_what_can_not_be_dropped_without_a_crash_is_refused(name):
+    data = DEEP[name]
+    assert in_a_child(lambda: loaded_and_dropped(pickle.loads, data), 60) == "crashed"
+    assert in_a_child(lambda: loaded_and_dropped(load_data, data), 60) == "refused"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_nested_as_deep_as_it_may_be_is_dropped_whatever_lies_between(kind):
+    most = deep(opcodes.NESTED, KINDS[kind])
+    assert in_a_child(lambda: loaded_and_dropped(load_data, most)) == "dropped"
+    between = (b"]", b"a"), *[KINDS[kind]] * opcodes.NESTED
+    data = deep(300, *between)
+    assert in_a_child(lambda: loaded_and_dropped(load_data, data), 30) == "dropped"
+
+
+def test_deques_that_contain_each_other_load():
+    one, other = collections.deque(), collections.deque()
+    one += [other, one]
+    other += [one, other]
+    loaded = load_data(pickle.dumps(one))
+    assert loaded[0][0] is loaded and loaded[1] is loaded and loaded[0][1] is loaded[0]
 
 
 # --- classes that the user named, and what hides behind them ---------------------------

@@ -218,7 +218,9 @@ def _objects(numpy: Any, machine: Machine, items: Any, shape: Any, fortran: bool
     for i, item in enumerate(items):
         flat[i] = item
     made = flat.reshape(shape)
-    return made.copy("F") if fortran else made
+    made = made.copy("F") if fortran else made
+    machine.contain(made, items)
+    return made
 
 
 def _with_contents(machine: Machine, state: tuple[Any, ...]) -> Any:

@@ -10,7 +10,7 @@ import _compat_pickle
 import struct
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .grammar import MARK, Blob, Name, Parts, Pending, Refused, Rule, items_of, value_of
@@ -36,6 +36,9 @@ _LISTS = (list, deque)
 _OBJECT = 800
 #: Keys are hashed by recursion in C that nothing checks, and anew for each use.
 KEY_DEPTH = 50
+#: How deep deques, defaultdicts and arrays of objects may directly lie in each other. They
+#: end by recursion in C that nothing checks; all other containers put that off after 50.
+NESTED = 50
 #: Keys of one container that may have the same hash.
 COLLISIONS = 200
 #: Bytes from which on a string of bytes is copied when it is wanted, not when it is read.
@@ -120,6 +123,11 @@ class Machine:
         # {id: (object, what gives it a state)} of objects that may change after they were made
         self.owned: dict[int, tuple[object, Callable[[Any], None]]] = {}
 
+        # {id: [it, how many lie in each other from it on, whether it lies in one]}, of those
+        # that end by recursion
+        self.levels: dict[int, list[Any]] = {}
+        self.linked = 0
+
     def run(self) -> Any:
         reader, opcodes = self.reader, _OPCODES
         data, size = reader.data, len(reader.data)
@@ -203,6 +211,24 @@ class Machine:
         """Lets the pickle give a new object a state, and items if it is a list or a dict."""
         self.owned[id(made)] = made, build
         return made
+
+    def contain(self, outer: Any, items: Iterable[Any] = ()) -> None:
+        """Counts how deep containers lie in each other that end by recursion (`NESTED`).
+
+        What lies in one already and gets another makes a longer chain than what is counted
+        here, so such links are few.
+        """
+        levels = self.levels
+        here = levels.setdefault(id(outer), [outer, 1, False])
+        for item in items:
+            there = levels.get(id(item))
+            if there is None or there is here:
+                continue
+            self.linked += here[2]
+            there[2] = True
+            here[1] = max(here[1], there[1] + 1)
+        if here[1] > NESTED or self.linked > NESTED:
+            raise Refused("the pickle is nested too deep")
 
     # -- atoms
 
@@ -312,6 +338,8 @@ class Machine:
     def _extend(self, values: list[Any]) -> None:
         target = self._top(_LISTS, list)
         self.charge_items(type(target), len(values))
+        if type(target) is deque:
+            self.contain(target, values)
         target.extend(values)
 
     def _set_items(self, pairs: list[Any]) -> None:
@@ -323,6 +351,8 @@ class Machine:
         if type(target) is dict:
             target.update(zip(keys, pairs[1::2]))
         else:
+            if type(target) is defaultdict:
+                self.contain(target, pairs[1::2])
             for key, value in zip(keys, pairs[1::2]):
                 target[key] = value
 

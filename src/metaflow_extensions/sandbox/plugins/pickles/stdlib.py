@@ -262,19 +262,25 @@ _FACTORIES: dict[str, type] = {
 
 
 def _defaultdict(machine: Machine, args: tuple[Any, ...]) -> defaultdict[Any, Any]:
+    factory = None
     if len(args) == 1 and mark_of(args[0]) in _FACTORIES:
-        return defaultdict(_FACTORIES[str(mark_of(args[0]))])
-    only(args, *[type(None)] * len(args[:1]))
-    return defaultdict(None)
+        factory = _FACTORIES[str(mark_of(args[0]))]
+    else:
+        only(args, *[type(None)] * len(args[:1]))
+    made: defaultdict[Any, Any] = defaultdict(factory)
+    machine.contain(made)
+    return made
 
 
 def _deque(machine: Machine, args: tuple[Any, ...]) -> deque[Any]:
+    most = None
     if args:
         empty, most = only(args, tuple, int)
         if empty:
             raise odd("a deque has items")
-        return deque(maxlen=most)
-    return deque()
+    made: deque[Any] = deque(maxlen=most)
+    machine.contain(made)
+    return made
 
 
 def _counter(machine: Machine, args: tuple[Any, ...]) -> Counter[Any]:
