@@ -5,22 +5,29 @@ of its own: `test_the_pickle_does_harm_when_it_is_unpickled`. The interpreter re
 """
 
 import collections
+import contextlib
 import copyreg
 import datetime
+import decimal
 import fractions
 import os
+import pathlib
 import pickle
 import pickletools
 import resource
 import signal
 import struct
+import tracemalloc
 import warnings
+import zoneinfo
 
 import numpy
 import pandas
 import pytest
 import pytz
 from pandas._libs.internals import _unpickle_block
+from pandas.core.indexes.base import _new_Index
+from pandas.core.indexes.interval import _new_IntervalIndex
 from pandas.core.internals.managers import BlockManager
 
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, opcodes
@@ -123,8 +130,9 @@ def block(places, values):
     return Made(_unpickle_block, (values, places, 2))
 
 
-def frame(*blocks, columns):
-    manager = Made(BlockManager, (blocks, [pandas.RangeIndex(columns), pandas.RangeIndex(1)]))
+def frame(*blocks, columns, rows=1):
+    axes = [pandas.RangeIndex(columns), pandas.RangeIndex(rows)]
+    manager = Made(BlockManager, (blocks, axes))
     state = {"_mgr": manager, "_typ": "dataframe", "_metadata": [], "attrs": {}}
     return MadeAnew(pandas.DataFrame, {**state, "_flags": {"allows_duplicate_labels": True}})
 
@@ -314,6 +322,96 @@ FORGED = {
 def test_a_forged_value_is_refused(name):
     with pytest.raises(Refused):
         load_data(bytes_of(FORGED[name]))
+
+
+# --- what a few bytes make much of ------------------------------------------------------
+
+
+def index(cls, **fields):
+    return Made(_new_Index, (cls, {"name": None, **fields}))
+
+
+def the_range(count):
+    return index(pandas.RangeIndex, start=0, stop=count, step=1)
+
+
+def levels(levels, codes):
+    names = [None] * len(levels)
+    fields = {"levels": levels, "codes": codes, "sortorder": None, "names": names}
+    return Made(_new_Index, (pandas.MultiIndex, fields))
+
+
+def intervals(ends):
+    fields = {"left": ends, "right": ends, "closed": "right", "name": None}
+    return Made(_new_IntervalIndex, (pandas.IntervalIndex, fields))
+
+
+def repeated(count, call, *args):
+    return [Made(call, args) for _ in range(count)]
+
+
+LONG = dtype("S100000000", 3, "|", None, None, None, 100_000_000, 1, 0)
+MEGABYTE = numpy.zeros(1 << 20, "i1")
+LABELS = numpy.arange(100_000)
+ENDS = range(10_000_000)
+INTERVALS = pandas.arrays.IntervalArray([]).__reduce__()
+MANY_FIELDS = numpy.dtype([(f"f{i}", "u1") for i in range(1000)]).__reduce__()
+BOMBS = {
+    "intervals of a range": intervals(the_range(10_000_000)),
+    "an array of intervals of ranges": Made(
+        *INTERVALS[:2],
+        ({"_left": ENDS, "_right": ENDS, "_dtype": pandas.IntervalDtype("i8", "right")},),
+    ),
+    "a level of a range": levels([the_range(100_000_000)], [numpy.zeros(1, "i1")]),
+    "levels of the same codes": levels([the_range(1)] * 200, [MEGABYTE] * 200),
+    "columns of nothing": frame(
+        block(slice(0, 10_000_000, 1), array(dtype("f8", *NUMBERS), (10_000_000, 0), b"")),
+        columns=10_000_000,
+        rows=0,
+    ),
+    "what fills nothing": Made(
+        numpy.ma.core._mareconstruct,
+        (numpy.ma.MaskedArray, numpy.ndarray, (0,), b"b"),
+        (1, (0,), LONG, False, b"", b"", numpy.array(b"x")),
+    ),
+    "indexes of the same labels": [index(pandas.Index, data=MEGABYTE) for _ in range(200)],
+    "categories of the same labels": [
+        MadeAnew(
+            pandas.CategoricalDtype,
+            {"categories": index(pandas.Index, data=LABELS), "ordered": False},
+        )
+        for _ in range(100)
+    ],
+    "scalars of the same bytes": repeated(
+        200,
+        numpy.bytes_().__reduce__()[0],
+        numpy.dtype("S1048576"),
+        b"x" * (1 << 20),
+    ),
+    "dtypes of the same fields": [Made(*MANY_FIELDS) for _ in range(1000)],
+    "paths of the same parts": repeated(500, pathlib.PurePosixPath, "a/" * 30_000),
+    "numbers of the same digits": repeated(40_000, decimal.Decimal, "9" * 10_000),
+    "zones of their own": repeated(
+        20_000,
+        *zoneinfo.ZoneInfo.no_cache("Europe/Berlin").__reduce__()[:1],
+        "Europe/Berlin",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_few_bytes_do_not_take_much_memory(name, monkeypatch):
+    monkeypatch.setattr(opcodes, "MEMORY", 16 << 20)
+    data = pickle.dumps(BOMBS[name], 4)
+
+    def peak():
+        tracemalloc.start()
+        with contextlib.suppress(Refused):
+            load_data(data)
+        return tracemalloc.get_traced_memory()[1] >> 20
+
+    assert int(in_a_child(peak, 60)) < 40 + 5 * (len(data) >> 20)
 
 
 # --- what ends by recursion in C when it is dropped -------------------------------------

@@ -48,6 +48,8 @@ _UNITS |= {b"generic"}
 _DIMENSIONS = 32
 #: Fields of one structured dtype, and how deep these may be nested.
 _FIELDS, _NESTED = 1000, 8
+#: What a field takes at the most.
+_FIELD = 400
 _ALIGNED = 0x80
 _WHOLE = 1 << 62
 
@@ -60,10 +62,10 @@ def _dtype(machine: Machine, args: tuple[Any, ...]) -> Pending:
     matched = _CODE.match(code)
     if not matched or (matched[1] and int(matched[2] or 8) not in _SIZES[matched[1]]):
         raise Refused(f"the pickle has an array of `{ascii(code[:40])[1:-1]}`")
-    return Pending("numpy.dtype", lambda state: _with_state(code, items_of(state)))
+    return Pending("numpy.dtype", lambda state: _with_state(machine, code, items_of(state)))
 
 
-def _with_state(code: str, state: tuple[Any, ...]) -> Any:
+def _with_state(machine: Machine, code: str, state: tuple[Any, ...]) -> Any:
     """The dtype with this letter and size, if the state is one that numpy gives it."""
     import numpy
 
@@ -80,7 +82,7 @@ def _with_state(code: str, state: tuple[Any, ...]) -> Any:
     if code[0] == "V" and base is not None:
         return _dtype_of_arrays(numpy, base, size)
     if code[0] == "V" and names is not None:
-        return _structured(numpy, names, fields, size, bool(flags & _ALIGNED))
+        return _structured(machine, numpy, names, fields, size, bool(flags & _ALIGNED))
     if base is not None or names is not None or fields is not None:
         raise odd("a dtype has a state")
     made = numpy.dtype(code).newbyteorder(order if order in "<>" else "=")
@@ -113,9 +115,12 @@ def _dtype_of_arrays(numpy: Any, base: Any, size: int) -> Any:
     return numpy.dtype((kind, shape))
 
 
-def _structured(numpy: Any, names: Any, fields: Any, size: int, aligned: bool) -> Any:
+def _structured(
+    machine: Machine, numpy: Any, names: Any, fields: Any, size: int, aligned: bool
+) -> Any:
     if type(names) is not tuple or type(fields) is not dict or not 0 < len(names) <= _FIELDS:
         raise odd("a dtype has fields")
+    machine.charge(_FIELD * len(names))
     formats, offsets, titles = [], [], []
     for name in names:
         kind, offset, *title = items_of(fields.get(name))
@@ -287,7 +292,9 @@ def _scalar(machine: Machine, args: tuple[Any, ...]) -> Any:
 
     if len(args) != 2:
         raise odd("a number of numpy has arguments")
-    return _viewed(numpy, args[1], value_of(args[0]), (), "C").copy()[()]
+    viewed = _viewed(numpy, args[1], value_of(args[0]), (), "C")
+    machine.charge_copy(viewed.nbytes)
+    return viewed.copy()[()]
 
 
 # --- masked arrays
@@ -310,7 +317,7 @@ def _masked(machine: Machine, state: tuple[Any, ...]) -> Any:
     if data.dtype.names:
         raise Refused("the pickle has a masked array of a structured dtype")
     mask = _viewed(numpy, state[5], numpy.dtype(bool), data.shape, order)
-    machine.charge_copy(mask.nbytes)
+    machine.charge_copy(mask.nbytes + data.itemsize)  # it fills as much, though there be nothing
     fill: Any = value_of(state[6])
     if fill is not None:
         if not isinstance(fill, (numpy.ndarray, numpy.generic)) or fill.shape != ():

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _ATOMS = (str, bytes, int, float, bool, type(None), complex)
 _RESOLUTIONS = (7, 8, 9, 10)  # s, ms, us, ns: numpy's numbers of them
 _UNITS = ("s", "ms", "us", "ns")
+#: What a label takes at the most where it is hashed: a few bytes describe a range of any length.
+_HASHED = 40
+#: What a column takes at the most in a frame, beside its values: a frame may have no row.
+_COLUMN = 40
 #: Offsets that are a step of the calendar by themselves.
 _OFFSETS = (
     *("Day", "Hour", "Minute", "Second", "Milli", "Micro", "Nano"),
@@ -152,11 +156,12 @@ def _category_dtype(machine: Machine, args: tuple[Any, ...]) -> Pending:
 
 
 def _unhashed(machine: Machine, index: Any) -> None:
-    """Makes sure that an index's labels can be hashed in reasonable time."""
+    """Makes sure that an index's labels can be hashed, in reasonable time and memory."""
     import pandas
 
     if not isinstance(index, pandas.Index) or isinstance(index, pandas.MultiIndex):
         raise odd("an index has labels")
+    machine.charge(_HASHED * len(index))
     if index.dtype == object:
         machine.keys(list(index), index)
 
@@ -313,7 +318,7 @@ def _index_with_freq(index: Any, data: Any, freq: Any) -> Any:
 
     if type(freq).__name__ not in _OFFSETS or not isinstance(freq, offsets.BaseOffset):
         raise odd("an index has a frequency")
-    return index(data, freq=freq)
+    return index(data, freq=freq, copy=False)
 
 
 def _strings(machine: Machine, dtype: Any, values: Any, freq: Any) -> Any:
@@ -364,12 +369,22 @@ def _intervals(machine: Machine, args: tuple[Any, ...]) -> Pending:
 
         (parts,) = items_of(state)
         fields = fields_of(parts, "_left", "_right", "_dtype")
-        closed = fields["_dtype"].closed
-        return pandas.arrays.IntervalArray.from_arrays(
-            fields["_left"], fields["_right"], closed=closed
-        )
+        ends = [_ends(machine, fields[k]) for k in ("_left", "_right")]
+        return pandas.arrays.IntervalArray.from_arrays(*ends, closed=fields["_dtype"].closed)
 
     return Pending("pandas.arrays.IntervalArray", finish)
+
+
+def _ends(machine: Machine, values: Any) -> Any:
+    """What intervals begin or end with. It is copied."""
+    import numpy
+    import pandas
+
+    kinds = (numpy.ndarray, pandas.arrays.DatetimeArray, pandas.arrays.TimedeltaArray)
+    if not isinstance(values, kinds) or values.ndim != 1:
+        raise odd("an array has intervals")
+    machine.charge(2 * values.nbytes)
+    return values
 
 
 def _interval_dtype(machine: Machine, args: tuple[Any, ...]) -> Pending:
@@ -420,10 +435,14 @@ def _flat_index(machine: Machine, kind: str, fields: dict[str, Any]) -> Any:
         raise odd("an index has labels")
     if isinstance(data, numpy.ndarray) and data.dtype.kind not in "biufcO":
         raise odd("an index has labels")
+    machine.charge(8 * len(data))  # older versions of pandas make them all that long
     dtype = object if data.dtype == object else None
     index = getattr(pandas, kind)
     freq = fields.get("freq")
-    made = index(data, dtype=dtype) if freq is None else _index_with_freq(index, data, freq)
+    if freq is None:
+        made = index(data, dtype=dtype, copy=False)
+    else:
+        made = _index_with_freq(index, data, freq)
     if type(made) is not index:
         raise odd("an index has labels")
     made.name = name
@@ -442,6 +461,7 @@ def _multi_index(machine: Machine, fields: Any) -> Any:
         _unhashed(machine, level)
         if type(code) is not numpy.ndarray or code.dtype.kind != "i" or code.ndim != 1:
             raise odd("an index has codes")
+        machine.charge_copy(code.nbytes)
     return pandas.MultiIndex(
         levels=levels,
         codes=[code.copy() for code in codes],
@@ -457,9 +477,12 @@ def _interval_index(machine: Machine, args: tuple[Any, ...]) -> Any:
     if len(args) != 2 or mark_of(args[0]) != "IntervalIndex":
         raise odd("an index has arguments")
     fields = fields_of(args[1], "left", "right", "closed", "name")
-    if not all(isinstance(fields[k], pandas.Index) for k in ("left", "right")):
+    left, right = fields["left"], fields["right"]
+    kinds = (pandas.Index, pandas.DatetimeIndex, pandas.TimedeltaIndex)
+    if type(left) not in kinds or type(right) not in kinds:  # not a range: that is not there yet
         raise odd("an index has labels")
-    made = pandas.IntervalIndex.from_arrays(fields["left"], fields["right"], fields["closed"])
+    ends = [_ends(machine, part._data) for part in (left, right)]
+    made = pandas.IntervalIndex.from_arrays(*ends, fields["closed"])
     made.name = _names(machine, fields["name"])
     return made
 
@@ -529,6 +552,7 @@ def _blocks(machine: Machine, args: tuple[Any, ...]) -> Any:
         raise Refused("the pickle has a frame whose columns and rows don't agree")
     if sum(len(block.mgr_locs) for block in blocks) != columns:
         raise Refused("the pickle has a frame whose columns and names don't agree")
+    machine.charge(_COLUMN * columns)
     seen: Any = numpy.zeros(columns, bool)
     for block in blocks:
         places = block.mgr_locs.as_array

@@ -49,6 +49,8 @@ _NUMBER = re.compile(
 )
 _RATIO = re.compile(r"-?\d+(/\d+)?\Z", re.A)
 _ZONE = re.compile(r"[A-Za-z][\w+-]*(/[A-Za-z0-9][\w+-]*){0,3}\Z", re.A)
+#: What the table of a time zone takes at the most.
+_ZONE_SIZE = 1 << 15
 #: Digits of a Decimal or Fraction. Work on them grows faster than they do.
 _DIGITS = 10_000
 _RATIO_BITS = 1 << 15
@@ -112,7 +114,10 @@ def _zone(machine: Machine, args: tuple[Any, ...]) -> zoneinfo.ZoneInfo:
     key, cached = only(args, str, (int, bool))
     if not _ZONE.match(key) or len(key) > 100:
         raise odd("a time zone has a name")
-    return zoneinfo.ZoneInfo(key) if cached else zoneinfo.ZoneInfo.no_cache(key)
+    if cached:
+        return zoneinfo.ZoneInfo(key)
+    machine.charge(_ZONE_SIZE)
+    return zoneinfo.ZoneInfo.no_cache(key)
 
 
 def _pytz(machine: Machine, args: tuple[Any, ...]) -> Any:
@@ -155,6 +160,7 @@ def _decimal(machine: Machine, args: tuple[Any, ...]) -> decimal.Decimal:
     (text,) = only(args, str)
     if len(text) > _DIGITS or not _NUMBER.match(text):
         raise odd("a Decimal has digits")
+    machine.charge(len(text))
     return decimal.Decimal(text)
 
 
@@ -163,10 +169,12 @@ def _fraction(machine: Machine, args: tuple[Any, ...]) -> fractions.Fraction:
         (text,) = only(args, str)
         if len(text) > _DIGITS or not _RATIO.match(text):
             raise odd("a Fraction has digits")
+        machine.charge(len(text))
         return fractions.Fraction(text)
     above, below = only(args, int, int)
     if max(above.bit_length(), below.bit_length()) > _RATIO_BITS:
         raise odd("a Fraction has digits")
+    machine.charge((above.bit_length() + below.bit_length()) >> 2)
     return fractions.Fraction(above, below)
 
 
@@ -225,6 +233,7 @@ def _path(kind: type[pathlib.PurePath]) -> Rule:
         parts = only(args, *[str] * len(args))
         if len(parts) + sum(map(len, parts)) > _PATH:
             raise odd("a path has a length")
+        machine.charge(sum(64 + 8 * len(part) for part in parts))
         return kind(*parts)
 
     return Rule(call=call)
