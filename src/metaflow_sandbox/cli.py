@@ -127,6 +127,7 @@ def release(artifact: str, classes: tuple[str, ...], everything: bool, yes: bool
 
     ARTIFACT is FLOW/RUN/STEP/TASK/NAME. Without --trust or --all, the classes are those
     that it names. Their code, and whatever it is given, then runs where the artifact is loaded.
+    --all runs whatever program the sandbox wrote.
     """
     from . import release as releasing
 
@@ -138,11 +139,14 @@ def release(artifact: str, classes: tuple[str, ...], everything: bool, yes: bool
         click.echo(f"    size          {found.size:,} bytes, as {found.encoding}")
         click.echo(f"    loaded now    {'no: ' + found.refused if found.refused else 'yes'}")
         click.echo(f"    may have      {', '.join(found.classes) or 'data only'}")
-        click.echo(f"    names         {', '.join(found.names) or 'nothing but data'}")
+        nothing = "nothing" if found.refused else "nothing but data"
+        click.echo(f"    names         {', '.join(found.names) or nothing}")
         wanted = None if everything else releasing.chosen(found, classes)
-        what = "anything, as Metaflow loads it" if wanted is None else ", ".join(wanted)
+        asked = "Run it as the program that it may be, wherever it is loaded from now on?"
+        if wanted is not None:
+            asked = f"Load {', '.join(wanted)} out of it from now on?"
         if not yes:
-            click.confirm(f"Load {what} out of it from now on?", abort=True)
+            click.confirm(asked, abort=True)
         changed, kept = releasing.release(found, wanted)
     except SandboxError as e:
         raise click.ClickException(str(e)) from None

@@ -18,6 +18,7 @@ from metaflow.datastore import FlowDataStore
 from metaflow.plugins import DATASTORES
 
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, names, rules
+from metaflow_extensions.sandbox.plugins.settings import number
 from metaflow_extensions.sandbox.plugins.tainted import class_names, mark, tainted, unmarked
 
 from .errors import SandboxError
@@ -35,7 +36,7 @@ class Found:
 
     Attributes:
         kind: its type, as the sandbox says.
-        names: what its pickle names, beyond data.
+        names: what its pickle names, if it isn't loaded as it is.
         refused: why it isn't loaded as it is; None if it is.
         classes: what it may have beside data so far.
     """
@@ -97,14 +98,19 @@ def chosen(found: Found, classes: tuple[str, ...]) -> tuple[str, ...]:
     """The classes to release an artifact with: the given ones, else those that it names.
 
     Raises:
-        NotReleased: it names what can't be a class, or nothing.
+        NotReleased: it names what can't be a class, or nothing but what data names.
     """
+    if found.refused is None and not classes:
+        raise NotReleased("It is data: it is loaded as it is.")
     try:
-        wanted = class_names(list(classes or found.names))
+        wanted = class_names(list(classes or (n for n in found.names if n not in rules())))
     except ValueError as e:
-        raise NotReleased(f"{e}. Give --trust for each class, or --all.") from None
+        raise NotReleased(f"{e}. Give --trust for each class.") from None
     if not wanted:
-        raise NotReleased("It names no class. --all loads it as Metaflow loads any other artifact.")
+        raise NotReleased(
+            "It names no class and is refused, so it is a program. --all runs it wherever it is "
+            "loaded, as whoever wrote it in the sandbox likes."
+        )
     return wanted
 
 
@@ -150,14 +156,16 @@ def _look(content: bytes, encoding: str) -> tuple[tuple[str, ...], str | None]:
     if not encoding.startswith("pickle-"):
         return (), f"it is stored as {encoding}"
     try:
-        named = tuple(ascii(n)[1:-1] for n in names(content) if n not in rules())
+        load_data(content, seconds=number("MAX_LOAD"))
+    except Refused as e:
+        refused = str(e)
+    else:
+        return (), None
+    # A name that data may have is in programs, too: getattr of one leads to all others.
+    try:
+        return tuple(ascii(name)[1:-1] for name in names(content)), refused
     except Refused as e:
         return (), str(e)
-    try:
-        load_data(content)
-    except Refused as e:
-        return named, str(e)
-    return named, None
 
 
 def _datastore(flow: str, kind: str, location: str) -> Any:

@@ -149,3 +149,47 @@ def test_the_command_releases_everything_only_when_told_to(refused):
     assert "was not written in a sandbox" in release(refused, f"{task}/other", "--yes").stderr
     asked = ASK.replace('"end"', '"relay"').replace('"read"', '"write"')
     assert refused.client(asked) == ["ArtifactRefused"] * 3 + ["Other"]
+
+
+PROGRAM = """
+    import uuid
+    from metaflow import FlowSpec, sandbox, step
+
+    class Made:
+        def __init__(self, call, *args):
+            self.parts = call, args
+        def __reduce__(self):
+            return self.parts
+        def __call__(self):
+            pass
+
+    def of(value, name):
+        return Made(getattr, value, name)
+
+    class Program(FlowSpec):
+        @sandbox
+        @step
+        def start(self):
+            modules = of(of(of(uuid.UUID, "__init__"), "__globals__"), "get")
+            self.result = Made(of(Made(modules, "os"), "system"), "touch ran")
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Program()
+"""
+
+
+def test_a_program_that_names_what_data_names_is_not_taken_for_data(project):
+    project.write("flow.py", PROGRAM)
+    project.run("flow.py", "run").ok()
+    task = project.client('answer = Flow("Program").latest_run["start"].task.pathspec')
+    said = release(project, f"{task}/result", "--yes")
+    assert said.returncode != 0 and "released" not in said.stdout
+    assert "names         builtins.getattr, uuid.UUID" in said.stdout
+    assert "it is a program. --all runs it" in said.stderr
+    assert not (project.directory / "ran").exists()
+    assert "program" in release(project, f"{task}/result", "--all").stdout
