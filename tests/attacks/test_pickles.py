@@ -414,6 +414,73 @@ def test_a_few_bytes_do_not_take_much_memory(name, monkeypatch):
     assert int(in_a_child(peak, 60)) < 40 + 5 * (len(data) >> 20)
 
 
+# --- what one opcode takes for ever with ------------------------------------------------
+
+
+def tree(fields, levels):
+    """A dtype whose fields are all the same one, and that one's too: few, and a tree of many."""
+    kind = dtype("u1", 3, "|", None, None, None, -1, -1, 0)
+    for _ in range(levels):
+        names = tuple(f"f{i}" for i in range(fields))
+        places = dict.fromkeys(names, (kind, 0))
+        kind = dtype("V1", 3, "|", None, names, places, 1, 1, 16)
+    return kind
+
+
+def of_one_hash(count):
+    """Different numbers that have the same hash in pandas."""
+    low = numpy.arange(1, count + 1)
+    return (low ^ (low << 11)) << 33 | low
+
+
+def floats_of_one_hash(count):
+    m, bits = 0x5BD1E995, 0xFFFFFFFF
+
+    def mixed(words, factor):
+        words = words * factor & bits
+        return (words ^ (words >> 24)) * factor & bits
+
+    low = numpy.arange(1, 4 * count, dtype="u8")
+    high = mixed((((0xC70F6907 ^ 4) * m & bits) ^ mixed(low, m)) * m & bits, pow(m, -1, 1 << 32))
+    found = (high << 32 | low).view("f8")
+    return found[numpy.isfinite(found)][:count]
+
+
+def categories(values, cls=pandas.Index):
+    fields = {"categories": index(cls, data=values), "ordered": False}
+    return MadeAnew(pandas.CategoricalDtype, fields)
+
+
+VIEW = (b"\0" * (16 << 20), numpy.dtype(">U1"), (4 << 20,), "C")
+SLOW = {
+    "a range of huge ends": Made(range, (0, 1 << 16_000_000, (1 << 8_000_000) - 1)),
+    "a tree of fields": tree(fields=1000, levels=4),
+    "integers of one hash": categories(of_one_hash(200_000)),
+    "floats of one hash": categories(floats_of_one_hash(100_000)),
+    "complex numbers of one hash": categories(numpy.arange(100_000.0) * (1 + 1j)),
+    "dates of one hash": categories(
+        pandas.DatetimeIndex(of_one_hash(200_000))._data, pandas.DatetimeIndex
+    ),
+    "text that is looked at again and again": repeated(
+        4000, numpy.array(0).__reduce_ex__(5)[0], *VIEW
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_loading_ends_in_time_whatever_one_opcode_asks_for(name):
+    data = pickle.dumps(SLOW[name], 4)
+
+    def load():
+        try:
+            load_data(data, seconds=1)
+        except Refused:
+            return "refused"
+        return "loaded"
+
+    assert in_a_child(load, 6) == "refused"
+
+
 # --- what ends by recursion in C when it is dropped -------------------------------------
 
 

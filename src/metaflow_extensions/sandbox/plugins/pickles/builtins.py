@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 EXCEPTION = "metaflow.exception.MetaflowExceptionWrapper"
 _EXCEPTION_FIELDS = ("exception", "type", "stacktrace")
 _ENDS = (int, float, str, type(None))
+#: Bits of an end of a range or a slice.
+_BITS = 1 << 15
 
 
 def _bytes(machine: Machine, args: tuple[Any, ...]) -> bytes:
@@ -43,11 +45,21 @@ def _complex(machine: Machine, args: tuple[Any, ...]) -> complex:
 
 
 def _range(machine: Machine, args: tuple[Any, ...]) -> range:
-    return range(*only(args, int, int, int))
+    return range(*_bounded(machine, only(args, int, int, int)))
 
 
 def _slice(machine: Machine, args: tuple[Any, ...]) -> slice:
-    return slice(*only(args, _ENDS, _ENDS, _ENDS))
+    return slice(*_bounded(machine, only(args, _ENDS, _ENDS, _ENDS)))
+
+
+def _bounded(machine: Machine, ends: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Ends of a range: how long that is takes the square of their digits to find out."""
+    for end in ends:
+        if type(end) is int:
+            if end.bit_length() > _BITS:
+                raise odd("a range has ends")
+            machine.charge(end.bit_length() >> 3)
+    return ends
 
 
 def _set(machine: Machine, args: tuple[Any, ...]) -> set[Any]:

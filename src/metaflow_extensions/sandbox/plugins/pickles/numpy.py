@@ -46,8 +46,8 @@ _SIZES = {
 _UNITS = {b"Y", b"M", b"W", b"D", b"h", b"m", b"s", b"ms", b"us", b"ns", b"ps", b"fs", b"as"}
 _UNITS |= {b"generic"}
 _DIMENSIONS = 32
-#: Fields of one structured dtype, and how deep these may be nested.
-_FIELDS, _NESTED = 1000, 8
+#: Fields of one structured dtype, those of its fields too, and how deep these may be nested.
+_FIELDS, _LEAVES, _NESTED = 1000, 10_000, 8
 #: What a field takes at the most.
 _FIELD = 400
 _ALIGNED = 0x80
@@ -121,13 +121,16 @@ def _structured(
     if type(names) is not tuple or type(fields) is not dict or not 0 < len(names) <= _FIELDS:
         raise odd("a dtype has fields")
     machine.charge(_FIELD * len(names))
-    formats, offsets, titles = [], [], []
+    formats, offsets, titles, leaves = [], [], [], 0
     for name in names:
         kind, offset, *title = items_of(fields.get(name))
         _plain_dtype(numpy, kind)
         if type(offset) is not int or not 0 <= offset <= size - kind.itemsize:
             raise odd("a dtype has fields")
         if any(type(text) is not str or not text for text in (name, *title)) or len(title) > 1:
+            raise odd("a dtype has fields")
+        leaves += _leaves(kind, _LEAVES)
+        if leaves > _LEAVES:  # whoever looks at it looks at each, though most be the same
             raise odd("a dtype has fields")
         formats.append(kind)
         offsets.append(offset)
@@ -146,6 +149,18 @@ def _structured(
 def _plain_dtype(numpy: Any, kind: Any) -> None:
     if not isinstance(kind, numpy.dtype) or kind.hasobject:
         raise odd("a dtype has fields")
+
+
+def _leaves(kind: Any, most: int) -> int:
+    """How many fields it has that have none themselves; no more than a few beyond `most`."""
+    if kind.subdtype:
+        return _leaves(kind.subdtype[0], most)
+    count = 0
+    for name in kind.names or ():
+        count += _leaves(kind[name], most - count)
+        if count > most:
+            break
+    return count or 1
 
 
 def _depth(kind: Any) -> int:

@@ -100,7 +100,8 @@ class Machine:
     Args:
         rules: {name: what it may be used for}.
         seconds: CPU time of this thread that it may take. The clock is looked at
-            between opcodes: no thread or signal ends it in the middle of one.
+            between opcodes, and before each object: no thread or signal ends it in the
+            middle of one.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Machine:
         self.reader = _Reader(data)
         self.rules = rules
         self.seconds = seconds
+        self.until = 0.0
         self.protocol = 2
         self.stack: list[Any] = []
         self.memo: list[Any] = []
@@ -131,7 +133,7 @@ class Machine:
     def run(self) -> Any:
         reader, opcodes = self.reader, _OPCODES
         data, size = reader.data, len(reader.data)
-        began = time.thread_time()
+        self.until = time.thread_time() + (self.seconds or 0)
         while True:
             for _ in range(_PIECE):
                 if reader.at >= size:
@@ -146,8 +148,11 @@ class Machine:
                         f"the pickle uses opcode 0x{code:02x}, which plain data never needs"
                     )
                 handler(self)
-            if self.seconds is not None and time.thread_time() - began > self.seconds:
-                raise Refused(f"it takes longer than {self.seconds:g} s to read")
+            self._look_at_clock()
+
+    def _look_at_clock(self) -> None:
+        if self.seconds is not None and time.thread_time() > self.until:
+            raise Refused(f"it takes longer than {self.seconds:g} s to read")
 
     def _result(self) -> Any:
         if len(self.stack) != 1 or self.reader.at != len(self.reader.data):
@@ -452,6 +457,7 @@ class Machine:
 
     def _made(self, name: str, make: Callable[..., Any], *args: Any) -> Any:
         """What a rule makes. Whatever else it meets in what the pickle gives it is refused."""
+        self._look_at_clock()
         try:
             return make(*args)
         except (Refused, RecursionError, MemoryError):

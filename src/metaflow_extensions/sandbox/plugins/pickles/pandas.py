@@ -28,6 +28,7 @@ from .grammar import (
     only,
     value_of,
 )
+from .opcodes import COLLISIONS
 from .stdlib import a_zone
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _RESOLUTIONS = (7, 8, 9, 10)  # s, ms, us, ns: numpy's numbers of them
 _UNITS = ("s", "ms", "us", "ns")
 #: What a label takes at the most where it is hashed: a few bytes describe a range of any length.
 _HASHED = 40
+#: What pandas' hashes of floats are made of (MurmurHash2).
+_MURMUR = 0x5BD1E995
+_MURMUR_SEED = (0xC70F6907 ^ 4) * _MURMUR & 0xFFFFFFFF
 #: What a column takes at the most in a frame, beside its values: a frame may have no row.
 _COLUMN = 40
 #: Offsets that are a step of the calendar by themselves.
@@ -164,6 +168,35 @@ def _unhashed(machine: Machine, index: Any) -> None:
     machine.charge(_HASHED * len(index))
     if index.dtype == object:
         machine.keys(list(index), index)
+    elif isinstance(index, pandas.IntervalIndex):
+        _spread(index.left)
+        _spread(index.right)
+    elif not isinstance(index, pandas.RangeIndex):
+        _spread(index)
+
+
+def _spread(index: Any) -> None:
+    """Makes sure that numbers don't collide where pandas hashes them: anybody can tell how."""
+    import numpy
+
+    values = getattr(index._data, "_ndarray", getattr(index._data, "_data", index._data))
+    if not isinstance(values, numpy.ndarray) or values.dtype.itemsize < 8 or not values.size:
+        return  # all others have hashes of their own
+    if values.dtype.kind in "mM":
+        values = values.view("i8")
+    if values.dtype.kind in "iu":
+        hashes = (values >> 33) ^ values ^ (values << 11)
+    elif values.dtype.kind in "fc":
+        words = values.view("u4").reshape(len(values), -1) * numpy.uint32(_MURMUR)
+        words = (words ^ (words >> 24)) * numpy.uint32(_MURMUR)
+        low, high = words[:, 0::2], words[:, 1::2]
+        hashes = (low ^ numpy.uint32(_MURMUR_SEED)) * numpy.uint32(_MURMUR) ^ high
+        hashes = (hashes ^ (hashes >> 13)) * numpy.uint32(_MURMUR)
+        hashes = numpy.bitwise_xor.reduce(hashes ^ (hashes >> 15), axis=1)
+    else:
+        return
+    if numpy.unique(hashes.astype("u4"), return_counts=True)[1].max() > COLLISIONS:
+        raise Refused("the pickle has labels that are made to collide")
 
 
 def _string_dtype(machine: Machine, args: tuple[Any, ...]) -> Any:
