@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metaflow_sandbox.admission import claims
+from metaflow_sandbox.admission import cards, claims, results
 from metaflow_sandbox.admission.blobs import send, sent, unpacked, whole
 from metaflow_sandbox.admission.claims import MAX_ARTIFACTS
 from metaflow_sandbox.admission.results import MAX_CARDS, Results, receive
@@ -184,6 +184,29 @@ def test_a_broken_archive_is_rejected(tmp_path, archive):
     with pytest.raises(Rejected):
         unpack(archive, tmp_path / "inner", limit=8 << 20)
     assert [path.name for path in tmp_path.iterdir()] == ["inner"]
+
+
+@pytest.mark.parametrize("sizes", [(11,), (5, 5, 5, 5, 5)], ids=["one", "together"])
+def test_cards_that_are_too_large_are_rejected(tmp_path, sizes, monkeypatch):
+    monkeypatch.setattr(results, "CARD", 10)
+    monkeypatch.setattr(results, "CARDS", 20)
+    archive = [a_card(f"c-{i}.html", b"x" * size) for i, size in enumerate(sizes)]
+    with pytest.raises(Rejected, match="too large"):
+        unpack(b"".join(archive), tmp_path / "inner")
+    unpack(b"".join(archive[:-1]), tmp_path / "fewer")
+
+
+MULTIPLIED = {
+    "scripts": b"".join(b"<script>%06x</script>" % i for i in range(cards.SCRIPTS + 1)),
+    "quotes": b'"' * results.CARD,
+}
+
+
+@pytest.mark.parametrize("card", MULTIPLIED.values(), ids=MULTIPLIED)
+def test_a_card_that_would_be_many_times_as_large_when_it_is_wrapped_is_rejected(card):
+    with pytest.raises(Rejected, match="a card"):
+        cards.wrap(card)
+    assert cards.wrap(card[: len(card) // 2])
 
 
 CARD_FILES = [

@@ -16,6 +16,10 @@ import base64
 import hashlib
 import re
 
+from ..errors import Rejected
+
+#: Scripts of one card, each of which gets a guard and a hash, and bytes of a wrapped one.
+SCRIPTS, WRAPPED = 1000, 64 << 20
 _GUARD = (
     '{for(const name of ["RTCPeerConnection","webkitRTCPeerConnection","mozRTCPeerConnection"])'
     "delete window[name];}"
@@ -40,10 +44,17 @@ img-src data: blob:; font-src data:; form-action 'none'; base-uri 'none'; webrtc
 
 
 def wrap(card: bytes) -> bytes:
-    """A page that shows `card` with its own inline scripts and nothing else of the browser's."""
+    """A page that shows `card` with its own inline scripts and nothing else of the browser's.
+
+    Raises:
+        Rejected: that would be many times as large as the card.
+    """
     text = card.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
     guarded, hashes = _guard(text.replace("\0", "\ufffd"))
     allowed = "".join(f" 'sha256-{value}'" for value in hashes)
+    more = 5 * guarded.count('"') + 4 * guarded.count("&") + 3 * guarded.count("<")
+    if len(guarded) + more > WRAPPED:
+        raise Rejected(f"a card is larger than {WRAPPED >> 20} MB when it is wrapped")
     shown = guarded.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
     return (_PAGE % (allowed, shown)).encode()
 
@@ -61,6 +72,8 @@ def _guard(text: str) -> tuple[str, list[str]]:
         end = _SCRIPT_END.search(text, opened) if opened else None
         if end is None:
             break
+        if len(parts) >= 2 * SCRIPTS:
+            raise Rejected(f"a card has more than {SCRIPTS} scripts")
         parts.append(text[done:opened])
         script = text[opened : end.start()]
         if not _DATA.search(text, start.end(), opened):

@@ -17,7 +17,8 @@ from .text import harmless
 
 _HEADER = 2000
 _DATA_JSON = 8 << 20
-_CARD = 64 << 20
+#: Bytes of one card, and of all of an attempt's. Wrapped they may be several times as large.
+CARD, CARDS = 16 << 20, 64 << 20
 #: What sends results may pause so long; a sandbox can stop what sends them.
 QUIET_SECONDS = 30.0
 MAX_CARDS = 100
@@ -33,6 +34,7 @@ class Results:
         objects, info: what is in it, see `claims.py`; empty until that was read.
         blobs: {key: (file with the bytes as delivered, whether these are not compressed)}.
         cards: {file name: file}.
+        card_bytes: how many these have together.
     """
 
     record: Path | None = None
@@ -40,6 +42,7 @@ class Results:
     info: dict[str, dict[str, Any]] = field(default_factory=dict)
     blobs: dict[str, tuple[Path, bool]] = field(default_factory=dict)
     cards: dict[str, Path] = field(default_factory=dict)
+    card_bytes: int = 0
 
     def delivered(self, keys: Iterable[str]) -> list[dict[str, Any]]:
         """These blobs, as a reader wants to have them.
@@ -132,8 +135,13 @@ def _place(results: Results, header: dict[str, Any], directory: Path) -> Path:
     file = header.get("file")
     if not isinstance(file, str) or not _CARD_FILE.match(file):
         raise Rejected(f"a card has the name {harmless(str(file))}")
-    if size > _CARD or file in results.cards or len(results.cards) >= MAX_CARDS:
-        raise Rejected("a card is too large, comes twice, or there are too many")
+    if file in results.cards or len(results.cards) >= MAX_CARDS:
+        raise Rejected("a card comes twice, or there are too many")
+    results.card_bytes += size
+    if size > CARD or results.card_bytes > CARDS:
+        raise Rejected(
+            f"a card is too large: one may have {CARD >> 20} MB, all together {CARDS >> 20} MB"
+        )
     path = directory / f"card-{len(results.cards)}"
     results.cards[file] = path
     return path
