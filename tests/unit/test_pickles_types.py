@@ -492,6 +492,12 @@ def test_objects_of_named_classes_load_as_pickle_loads_them(protocol):
     assert type(loaded[3]) is Pairs and loaded[3:5] == value[3:5]
 
 
+def test_members_of_an_enum_that_are_written_by_their_name_load():
+    """As Python 3.11 and 3.12 write them."""
+    data = b"\x80\x04cbuiltins\ngetattr\nc" + __name__.encode() + b"\nColor\n\x8c\x03RED\x86R."
+    assert pickle.loads(data) is load_data(data, HERE) is Color.RED
+
+
 @pytest.mark.parametrize("left_out", sorted(HERE - {f"{__name__}.Outer.Inner"}))
 def test_each_class_has_to_be_named(left_out):
     node = Node("a", Color.RED)

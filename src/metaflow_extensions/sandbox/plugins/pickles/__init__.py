@@ -54,7 +54,7 @@ def load_data(data: bytes, classes: Iterable[str] = (), seconds: float | None = 
     Raises:
         Refused: the bytes are anything else. Nothing of them was run.
     """
-    rules = {**trusted.rules(classes), **_RULES} if classes else _RULES
+    rules = trusted.rules(classes, _RULES) if classes else _RULES
     return _run(Machine(data, rules, seconds))
 
 

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 _GETATTR = "builtins.getattr"
 
 
-def rules(classes: Iterable[str]) -> Rules:
-    """{name: rule} for classes. Their modules are imported when a pickle names them."""
-    found = {name: _rule(name) for name in classes}
-    found[_GETATTR] = Rule(call=_getattr)
-    return found
+def rules(classes: Iterable[str], data: Rules) -> Rules:
+    """{name: rule} for classes beside data. Their modules are imported when a pickle names them.
+
+    A class of data is made as data, though it be named.
+    """
+    return {**{name: _rule(name) for name in classes}, **data, _GETATTR: Rule(call=_getattr)}
 
 
 def _rule(name: str) -> Rule:
