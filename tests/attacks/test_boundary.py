@@ -254,6 +254,37 @@ def test_the_item_that_metaflow_prints_of_a_failed_task_is_harmless(project):
         assert sandboxed or "\x1b" in output  # the control
 
 
+DUMPED = """
+    from metaflow import FlowSpec, sandbox, step
+
+    class Dumped(FlowSpec):
+        %s
+        @step
+        def start(self):
+            self.note = chr(27) + "]0;owned" + chr(7) + chr(0x202e)
+            self.next(self.end)
+
+        @step
+        def end(self):
+            pass
+
+    if __name__ == "__main__":
+        Dumped()
+"""
+
+
+def test_the_values_that_dump_prints_are_harmless(project):
+    for decorator, sandboxed in (("@sandbox(network=False)", True), ("", False)):
+        project.write("flow.py", DUMPED % decorator)
+        project.run("flow.py", "run").ok()
+        run = project.client('answer = Flow("Dumped").latest_run.id')
+        for step in ("start", "end"):  # where it was written, and where it was passed on
+            dumped = project.run("flow.py", "dump", f"{run}/{step}").ok().output
+            assert "owned" in dumped
+            for sequence in ("\x1b]", "\x07", "\u202e"):
+                assert (sequence in dumped) is not sandboxed
+
+
 FRAMES = """
             import base64, binascii
             frame = b"mfs1 1 x " + base64.b64encode(b'{"rc": 0}')

@@ -15,7 +15,7 @@ from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import FEAT_ALWAYS_UPLOAD_CODE_PACKAGE
 
 from . import settings
-from .tainted import WORKLOAD, inside_sandbox
+from .tainted import WORKLOAD, inside_sandbox, printable
 
 if TYPE_CHECKING:
     from metaflow_sandbox.launch.session import Session
@@ -333,10 +333,7 @@ def _print_harmlessly(flow_class: Any) -> None:
         return
 
     def harmless(self: Any) -> str:
-        return "".join(
-            c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-            for c in plain(self)
-        )
+        return printable(plain(self))
 
     harmless.is_harmless = True  # type: ignore[attr-defined]
     flow_class.__str__ = harmless

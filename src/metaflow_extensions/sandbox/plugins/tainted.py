@@ -30,6 +30,7 @@ from metaflow.datastore.artifacts.serializer import (
     SerializationFormat,
     SerializerStore,
 )
+from metaflow.datastore.task_datastore import TaskDataStore
 from metaflow.exception import MetaflowException
 
 from .pickles import Refused, load_data
@@ -222,3 +223,28 @@ class TaintedPickle(ArtifactSerializer):
             return load_data(data[0], {*classes, *released, *configured()}, _seconds())
         except Refused as e:
             raise ArtifactRefused(metadata, e) from None
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal acts on."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def _dump_harmlessly() -> None:
+    """Has what `flow.py dump` prints of tasks with tainted artifacts without control characters."""
+    plain = TaskDataStore.format
+    if getattr(plain, "is_harmless", False):
+        return
+
+    def harmless(self: Any, **kwargs: Any) -> str:
+        text: str = plain(self, **kwargs)
+        records = self._info.values()
+        return printable(text) if any(tainted(r.get("encoding")) for r in records) else text
+
+    harmless.is_harmless = True  # type: ignore[attr-defined]
+    TaskDataStore.format = harmless
+
+
+_dump_harmlessly()
