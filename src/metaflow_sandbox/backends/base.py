@@ -239,10 +239,12 @@ class Prepared:
     Attributes:
         image: for `SandboxSpec.image`.
         mounts: for `SandboxSpec.mounts`, beside the others.
+        discard: removes it, where it is to serve one run alone: awaited when that has ended.
     """
 
     image: str | None = None
     mounts: Mapping[str, Path] = field(default_factory=dict)
+    discard: Callable[[], Awaitable[None]] | None = None
 
 
 @dataclass(frozen=True)

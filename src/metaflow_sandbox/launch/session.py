@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -62,6 +63,7 @@ class Session:
         self._said: set[str] = set()
         self._log: Callable[..., None] = lambda *_, **__: None
         self._discarded: set[Path] = set()
+        self._discards: list[Callable[[], Awaitable[None]]] = []
         self._looked: dict[tuple[str, str | None, str], environments.Inside] = {}
 
     def admit(
@@ -100,6 +102,13 @@ class Session:
                 self._said.add(line)
                 log(line)
 
+    async def _make(self, backend: Backend, recipe: Recipe, say: Say) -> Prepared:
+        """What a backend makes of a recipe; the end of the run discards what is for it alone."""
+        made = await backend.prepare(recipe, say)
+        if made.discard is not None:
+            self._discards.append(made.discard)
+        return made
+
     async def _prepare(
         self, step: str, request: Request, environment: Any, backend: Backend, say: Say
     ) -> tuple[Prepared, str | None]:
@@ -122,18 +131,18 @@ class Session:
             python=request.executable,
         )
         if environment.TYPE == "local" and not request.executable:
-            return await backend.prepare(plain, say), None
+            return await self._make(backend, plain, say), None
         inside = await self._inside(plain, request.executable, backend, say)
         found = await anyio.to_thread.run_sync(
             environments.resolve, environment, step, inside, tell
         )
         if found is None:
-            return await backend.prepare(plain, say), None
+            return await self._make(backend, plain, say), None
         # What a provider keeps is found by what is in it, so that it is the same one anew.
         anew = request.cache is False or environment._force_rebuild
         cached = backend.keeps_builds or not anew
         recipe = found.recipe(plain, backend, self.workspace.path, cached)
-        prepared = await backend.prepare(recipe, say)
+        prepared = await self._make(backend, recipe, say)
         if not cached:
             self._discarded.update(prepared.mounts.values())
         return prepared, found.python(backend)
@@ -146,7 +155,7 @@ class Session:
         Raises:
             SandboxError: it is none.
         """
-        prepared = await backend.prepare(plain, say)
+        prepared = await self._make(backend, plain, say)
         python = executable or backend.interpreter(prepared.image)
         asked = (backend.name, prepared.image, python)
         if found := self._looked.get(asked):
@@ -238,6 +247,9 @@ class Session:
         self.workspace.release()
         for path in self._discarded:
             cache.discard(path)
+        for discard in reversed(self._discards):  # what was made of another first
+            with contextlib.suppress(SandboxError, OSError):
+                anyio.run(discard)
         for name in set(self.backends.values()):
             registry.load(name).sweep()
 
