@@ -34,6 +34,9 @@ from ..errors import NotEnforceable, SandboxError
 Sink = Callable[[bytes], Awaitable[None]]
 
 
+#: `Backend.environments` of those who keep them in images.
+IN_IMAGES = "/opt/metaflow-sandbox"
+
 #: LOCK ARCHIVE TARGETS… -- COMMAND…: unpacks what `Sandbox.upload` sent, and becomes the command.
 #: May be run again after its answer got lost: whoever comes second waits, and finds it done.
 _UNPACK = """
@@ -508,6 +511,12 @@ class Backend(ABC):
     python: str = "python3"
     #: Whether `create` binds `SandboxSpec.mounts`, so that `deliver` has nothing to do.
     binds_mounts: bool = False
+
+    @property
+    def environments(self) -> str:
+        """The directory inside that has the environments: where mounts go, unless the backend
+        keeps them in images. There it is one that nothing covers in a sandbox made of them."""
+        return f"{self.inbox}/environments"
 
     @abstractmethod
     async def create(self, spec: SandboxSpec) -> Sandbox:

@@ -74,7 +74,7 @@ class Environment(ABC):
 
     def prefix(self, backend: Backend) -> str:
         """Where sandboxes have it: conda's own programs may have 255 bytes of it in them."""
-        return f"{backend.inbox}/environments/{self.digest[:16]}"
+        return f"{backend.environments}/{self.digest[:16]}"
 
     def python(self, backend: Backend) -> str:
         """The interpreter that runs the step."""

@@ -20,6 +20,7 @@ from anyio.from_thread import BlockingPortalProvider
 from ...errors import BackendUnavailable, NotEnforceable
 from ...leases import living
 from ..base import (
+    IN_IMAGES,
     Backend,
     Capabilities,
     Preflight,
@@ -48,6 +49,7 @@ class Boxlite(Backend):
     work = "/sandbox"
     inbox = "/inbox"
     binds_mounts = True
+    environments = IN_IMAGES
     python = "python3"
     #: What sandboxes are made from where a step doesn't say.
     default_image = f"python:{sys.version_info[0]}.{sys.version_info[1]}-slim"

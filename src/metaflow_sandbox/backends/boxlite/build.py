@@ -265,12 +265,16 @@ async def _make(backend: Boxlite, recipe: Recipe, base: Path, target: Path, say:
         if recipe.install:
             await _bring(sandbox, recipe)
             await _run(sandbox, list(recipe.install), "the installation")
-        left_out = [backend.inbox, backend.work, *recipe.files]
         with new_layout(target) as layout:
-            layer = await _pack(sandbox, layout / "blobs" / "sha256", left_out)
+            layer = await _pack(sandbox, layout / "blobs" / "sha256", left_out(backend, recipe))
             await anyio.to_thread.run_sync(_describe, layout, layer, base, {})
     finally:
         await sandbox.destroy()
+
+
+def left_out(backend: Boxlite, recipe: Recipe) -> list[str]:
+    """What is no part of the image that is made, with all below it."""
+    return [backend.inbox, backend.work, *recipe.files]
 
 
 async def _bring(sandbox: BoxliteSandbox, recipe: Recipe) -> None:
@@ -319,7 +323,7 @@ async def _python(sandbox: BoxliteSandbox, script: str, *words: str, out: Sink =
         )
 
 
-async def _pack(sandbox: BoxliteSandbox, blobs: Path, left_out: list[str]) -> Layer:
+async def _pack(sandbox: BoxliteSandbox, blobs: Path, without: list[str]) -> Layer:
     """Stores what has changed in a guest as a layer."""
     diff = hashlib.sha256()
     new = blobs / "new"
@@ -329,7 +333,7 @@ async def _pack(sandbox: BoxliteSandbox, blobs: Path, left_out: list[str]) -> La
             diff.update(data)
             await anyio.to_thread.run_sync(file.write, data)
 
-        await _python(sandbox, _PACK, _LISTED, *left_out, out=store)
+        await _python(sandbox, _PACK, _LISTED, *without, out=store)
     packed = hashlib.sha256()
     with open(new, "rb") as stored:
         while piece := stored.read(1 << 20):

@@ -27,6 +27,7 @@ from anyio.from_thread import BlockingPortalProvider
 
 from ...errors import BackendUnavailable, NotEnforceable, SandboxError
 from ..base import (
+    IN_IMAGES,
     Backend,
     Capabilities,
     Preflight,
@@ -65,6 +66,7 @@ class Docker(Backend):
         setup=True,
         stream="pipe",
     )
+    environments = IN_IMAGES
     options = {"runtime": "runsc", "root": "writable"}
 
     def __init__(self) -> None:
