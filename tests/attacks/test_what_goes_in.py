@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,27 @@ FLOW = """
 """
 
 
+UV_PROJECT = """
+    [project]
+    name = "project"
+    version = "1"
+    requires-python = ">=3.8"
+    [[tool.uv.index]]
+    name = "ours"
+    url = "https://user:%s@example.org/simple"
+    explicit = true
+"""
+UV_LOCK = """
+    # https://user:%s@example.org/simple
+    version = 1
+    requires-python = ">=3.8"
+    [[package]]
+    name = "project"
+    version = "1"
+    source = { virtual = "." }
+"""
+
+
 class Host:
     """A machine with secrets in all the places where people keep them."""
 
@@ -168,7 +190,7 @@ class Host:
 
     def _put(self, path, name, form="%s"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(form % self.canary(name))
+        path.write_text(textwrap.dedent(form) % self.canary(name))
 
     def _files(self):
         home, here, outside = self.home, self.project.directory, self.outside
@@ -182,6 +204,12 @@ class Host:
         self._put(here / ".hidden.py", "hidden-file", "KEY = '%s'")
         self._put(here / ".hidden/module.py", "hidden-directory", "KEY = '%s'")
         self._put(here / "notes.txt", "other-suffix")
+        self._put(here / "pyproject.toml", "uv-index", UV_PROJECT)
+        self._put(here / "uv.lock", "uv-index", UV_LOCK)
+        locked = (
+            '{"id": {"linux-64": {"conda": [{"url": "https://u:%s@example.org/a-1-0.conda"}]}}}'
+        )
+        self._put(here / ".metaflow/Goes/conda.manifest", "conda-channel", locked)
         self._put(here / "included.txt", "included")
         self._put(here / "settings.json", "config", '{"key": "%s"}')
         self._put(here / ".metaflow/Goes/7/start/1/0.data.json", "other-run")
@@ -345,14 +373,14 @@ def python_trees(python):
 
 
 GIVEN = """
-    import os
-    from metaflow import FlowSpec, step
+    from metaflow import FlowSpec, conda_base, step
 
-    class Given(FlowSpec):
+    %s
+    class Goes(FlowSpec):
         @step
         def start(self):
             import looking
-            self.hits = looking.look("/inbox")[1]
+            self.paths, self.hits = looking.look("/inbox")
             self.next(self.end)
 
         @step
@@ -360,18 +388,38 @@ GIVEN = """
             pass
 
     if __name__ == "__main__":
-        Given()
+        Goes()
 """
 
 
 def test_what_with_gives_to_a_sandbox_stays_outside(host):
     """Metaflow puts the decorators of --with on every task's command line."""
     host.project.write("looking.py", LOOKING)
-    host.project.write("flow.py", GIVEN)
+    host.project.write("flow.py", GIVEN % "")
     given = "bubblewrap:network=" + json.dumps([host.canary("with-sandbox") + ".example.org"])
     host.project.run("flow.py", "run", "--with", given).ok()
-    answer = 'answer = Flow("Given").latest_run["start"].task.data.hits'
+    answer = 'answer = Flow("Goes").latest_run["start"].task.data.hits'
     assert host.project.client(answer) == {}
+
+
+@pytest.mark.parametrize("kind", ["uv", "conda"])
+def test_what_metaflow_makes_environments_from_stays_outside(host, kind):
+    """It packs the lock, in which addresses of indexes and channels have passwords."""
+    host.project.write("looking.py", LOOKING)
+    host.project.write("flow.py", GIVEN % ("@conda_base(disabled=True)" if kind == "conda" else ""))
+    env = {"PATH": f"{Path(sys.executable).parent}:{host.project.environment['PATH']}"}
+    host.project.run(
+        "flow.py", f"--environment={kind}", "run", "--with", "bubblewrap", env=env
+    ).ok()
+    answer = """
+    d = Flow("Goes").latest_run["start"].task.data
+    answer = [d.paths, d.hits]
+    """
+    paths, hits = host.project.client(answer)
+    listed = [rule for rule in manifest.FILES if rule.where in (manifest.BOTH, manifest.BOUND)]
+    shown_as = [shown(path, "/inbox", []) for path in paths]
+    assert [path for path in shown_as if not any(rule.covers(path) for rule in listed)] == []
+    assert hits == {}
 
 
 def test_the_page_of_the_manual_is_the_manifest():

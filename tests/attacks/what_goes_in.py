@@ -107,6 +107,13 @@ FILES = [
         may=True,
     ),
     Rule(
+        "INBOX/environments/*",
+        r"INBOX/environments/[0-9a-f]{16}/.+",
+        "the step's environment, where it has one (`@conda`, `@pypi`, `--environment=uv`); in "
+        "`/opt/metaflow-sandbox` on boxlite and docker",
+        may=True,
+    ),
+    Rule(
         "/etc/*",
         r"/etc/(ld\.so\.cache|ssl/certs|ca-certificates|pki|alternatives|localtime|"
         r"nsswitch\.conf|mime\.types)(/.*)?",
@@ -156,6 +163,8 @@ STAYS_OUT = {
     "git-remote": "a token in the URL of the git remote",
     "other-environment": "a value of another step's `@environment`",
     "other-env": "a variable that another step's `env=[…]` names",
+    "uv-index": "a password of an index, in `pyproject.toml` and `uv.lock` of `--environment=uv`",
+    "conda-channel": "a password of a channel, in the lock of `--environment=conda` and `=pypi`",
     "dotenv": "`.env` beside the flow",
     "hidden-file": "`.hidden.py` beside the flow",
     "hidden-directory": "`.hidden/module.py` beside the flow",

@@ -7,8 +7,9 @@
 
 The host's copies may say more than a sandbox should know. `_graph_info` has every
 step's decorators with their values, @environment's included; the package's INFO
-has the git remote, with the token in it; and Metaflow packs what links of the flow's
-directory lead to, wherever that is. All are scrubbed here.
+has the git remote, with the token in it; the locks of environments have those of
+indexes; and Metaflow packs what links of the flow's directory lead to, wherever that
+is. All are scrubbed here.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ _METAFLOW_CONFIG = {
 }
 _INCLUDED_FILE = str(IncludedFile)
 _WITHHELD = "withheld.json"
+# What Metaflow's environments are made from: what a step needs of it is installed already, and
+# the addresses of indexes have passwords in them.
+_LOCKS = frozenset(f".mf_meta/{name}" for name in ("conda.manifest", "uv.lock", "pyproject.toml"))
 
 
 def withhold(workspace: Path, members: Iterable[tuple[str, str]]) -> list[str]:
@@ -132,7 +136,7 @@ def code_tree(
             members = [
                 member
                 for member in archiver.cls_list_members(archive)
-                if (name := archiver.cls_member_name(member)) not in withheld
+                if (name := archiver.cls_member_name(member)) not in withheld | _LOCKS
                 and (without is None or not name.startswith(f"{without}/"))
             ]
             archiver.cls_extract_members(archive, members, str(new))
