@@ -4,6 +4,7 @@ boxlite gives the standard output as text in pieces of 1,024 characters.
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from metaflow_sandbox.backends.boxlite import inside, network
+from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.boxlite import Boxlite, inside, network
 from metaflow_sandbox.backends.boxlite.operation import Life, operation
+from metaflow_sandbox.backends.boxlite.sandbox import BoxliteSandbox
 from metaflow_sandbox.egress.rules import Rules
 from metaflow_sandbox.errors import ProtocolError, SandboxGone
 
@@ -293,3 +296,66 @@ async def test_a_number_that_does_not_wait_is_refused(port, tmp_path):
         request = {"op": "connect", "port": port, "number": 77}
         async with Machine().begin(request) as running:
             assert (await running.frame())[0] in ("x", "f")
+
+
+class Hostile:
+    """A guest whose listener says what it likes; each connection it is asked for stays open."""
+
+    def __init__(self, numbers):
+        self.numbers = iter(numbers)
+        self.said = self.carried = 0
+
+    @contextlib.asynccontextmanager
+    async def begin(self, request):
+        self.carried += request["op"] == "connect"
+        yield self if request["op"] == "listen" else Silent()
+
+    async def frame(self):
+        await anyio.lowlevel.checkpoint()
+        number = next(self.numbers)
+        self.said += 1
+        return "c", number
+
+    async def taken(self):
+        pass
+
+
+class Silent:
+    async def frame(self):
+        await anyio.sleep_forever()
+
+
+async def test_a_guest_is_carried_so_many_connections_and_no_more(tmp_path):
+    guest = Hostile(b"%d" % number for number in itertools.count())
+    async with network._serving(guest.begin, Rules(None), tmp_path):
+        await anyio.wait_all_tasks_blocked()
+        await anyio.sleep(0.5)
+        assert guest.carried <= network._CONNECTIONS
+        assert guest.said <= network._CONNECTIONS + 2
+
+
+async def test_a_number_that_is_none_ends_the_proxy_and_nothing_else(tmp_path):
+    guest = Hostile([b"0", b"9" * 5000])
+    async with network._serving(guest.begin, Rules(None), tmp_path):
+        await anyio.sleep(0.2)
+
+
+class Closes:
+    def __init__(self, error=None):
+        self.closed, self._error = False, error
+
+    async def close(self):
+        self.closed = True
+        if self._error:
+            raise self._error
+
+
+async def test_a_microvm_is_gone_whatever_goes_wrong_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    sandbox = BoxliteSandbox(Boxlite(), SandboxSpec(), tmp_path / "layout")
+    sandbox._gate, sandbox._runtime = Closes(ValueError("hostile")), Closes()
+    runtime, lease = sandbox._runtime, sandbox._lease.path
+    with pytest.raises(ValueError, match="hostile"):
+        await sandbox.destroy()
+    assert runtime.closed and not lease.exists()

@@ -31,6 +31,7 @@ PORT = 3128
 _PIECE = 64 << 10
 _PIECES = 4  # on their way to a program inside
 _CONNECTIONS = 64
+_DIGITS = 9  # of a connection's number
 _READY_SECONDS = 60.0
 
 _BROKEN = (anyio.WouldBlock, anyio.BrokenResourceError, anyio.ClosedResourceError)
@@ -98,23 +99,26 @@ async def _serving(begin: Begin, rules: Rules, directory: Path) -> AsyncIterator
 
 async def _listen(begin: Begin, path: str, ready: anyio.Event) -> None:
     """Has the guest listen, and brings each connection to the proxy, for as long as it lives."""
-    places = anyio.CapacityLimiter(_CONNECTIONS)
+    places = anyio.Semaphore(_CONNECTIONS)
 
     async def one(number: int) -> None:
-        async with places:
+        try:
             with contextlib.suppress(SandboxError, OSError, *_BROKEN):
                 await _carry(begin, path, number)
+        finally:
+            places.release()
 
     with contextlib.suppress(SandboxGone, ConnectionLost, ProtocolError), plain_errors():
         async with anyio.create_task_group() as tasks:
             async with begin({"op": "listen", "port": PORT}) as operation:
                 while True:
                     kind, data = await operation.frame()
-                    if kind != "c" or not data.isdigit():
+                    if kind != "c" or not data.isdigit() or len(data) > _DIGITS:
                         break  # it can't listen, or something else speaks in its place
                     if data == b"0":
                         ready.set()
                     else:
+                        await places.acquire()  # else a guest could have us hold any number
                         tasks.start_soon(one, int(data))
                     await operation.taken()
             tasks.cancel_scope.cancel()
@@ -158,7 +162,7 @@ async def _carry(begin: Begin, path: str, number: int) -> None:
                             said.send_nowait(data)
                         elif kind == "f":
                             said.close()
-                        elif kind == "k":
+                        elif kind == "k" and room.value < _PIECES:
                             room.release()
                         else:
                             break

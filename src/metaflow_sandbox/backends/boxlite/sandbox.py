@@ -322,28 +322,32 @@ class BoxliteSandbox(Sandbox):
         if self._timer is not None:
             self._timer.cancel()
         life, self._life = self._life, None
-        if life is not None:
-            life.end()
-            with anyio.move_on_after(10):
-                await life.over()
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
-            await gate.close()
-        if life is not None:
-            life.close()
+        gate, self._gate = self._gate, None
+        runtime, self._runtime = self._runtime, None
         self._box = None
-        if self._runtime is not None:
-            runtime, self._runtime = self._runtime, None
-            await runtime.close()
+        # From the last to the first, each whatever those before it raise.
+        async with contextlib.AsyncExitStack() as steps:
+            if runtime is not None:
+                steps.push_async_callback(runtime.close)
+            if life is not None:
+                steps.callback(life.close)
+            if gate is not None:
+                steps.push_async_callback(gate.close)
+            if life is not None:
+                life.end()
+                with anyio.move_on_after(10):
+                    await life.over()
 
     async def destroy(self) -> None:
         if self._ended:
             return
         self._ended = True
         with anyio.CancelScope(shield=True):
-            await self._shut_down()
-            await blocking(partial(remove_sockets, self._lease.path))
-            await blocking(self._lease.release)
+            try:
+                await self._shut_down()
+            finally:
+                await blocking(partial(remove_sockets, self._lease.path))
+                await blocking(self._lease.release)
 
 
 def remove_sockets(lease: Path) -> None:
