@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
+from metaflow.plugins.pypi.micromamba import Micromamba
 
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.boxlite import Boxlite, build
@@ -12,7 +13,7 @@ from metaflow_sandbox.backends.docker import Docker
 from metaflow_sandbox.backends.docker.engine import Engine
 from metaflow_sandbox.backends.docker.sandbox import DockerSandbox
 from metaflow_sandbox.environments import Package
-from metaflow_sandbox.environments.conda import CondaEnvironment
+from metaflow_sandbox.environments.conda import CondaEnvironment, Solver, fetch_conda
 
 PYTHON = Package("https://example.org/linux-64/python-3.12.1-0.conda", "00")
 ENVIRONMENT = CondaEnvironment("linux-64", "3.12.1", (PYTHON,), (), (), None)
@@ -57,3 +58,26 @@ def test_a_microvm_keeps_what_its_image_has_of_an_environment(tmp_path):
     left_out = build.left_out(backend, recipe)
     assert covered(recipe.install[-1], left_out)
     assert not covered(recipe.prefix, left_out)
+
+
+def test_the_packages_of_every_environment_for_another_platform_are_downloaded(
+    tmp_path, monkeypatch
+):
+    """Metaflow downloads those for another platform once for each name of an environment."""
+    stored = tmp_path / "pkgs"
+    stored.mkdir()
+
+    def call(_solver, words, _env=None):
+        if words[0] == "config":
+            places = {"envs_dirs": [f"{tmp_path}/envs"], "pkgs_dirs": [str(stored)]}
+            return {**places, "platform": "osx-arm64", "channels": []}
+        for url in (word for word in words if word.startswith("https://")):
+            (stored / url.rpartition("/")[2]).write_text("a package")
+        return {"envs": []}
+
+    monkeypatch.setattr(Micromamba, "_call", call)
+    for name in ("one", "two"):
+        package = Package(f"https://example.org/linux-64/{name}-1-0.conda", "")
+        (path,) = fetch_conda(Solver(), (package,), "linux-64").values()
+        assert path.read_text() == "a package"
+    assert not list((tmp_path / "envs").rglob("fake.done"))

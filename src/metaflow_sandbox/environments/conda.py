@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -189,7 +190,7 @@ def fetch_conda(
     try:
         paths = there()
         if missing := [item for item in items if not paths.get(item["url"])]:
-            solver.download("sandbox", missing, "", platform)
+            _download(solver, missing, platform)
             paths = there()
     except MetaflowException as e:
         raise DependencyError(str(e), op="download") from e
@@ -200,6 +201,16 @@ def fetch_conda(
             raise DependencyError(f"{package.url} could not be downloaded.", op="download")
         found[package] = Path(path)
     return found
+
+
+def _download(solver: Solver, items: list[dict[str, str]], platform: str) -> None:
+    """Has Metaflow fetch packages. Those for another platform it fetches once for each id."""
+    id_ = f"sandbox-{uuid.uuid4().hex}"
+    try:
+        solver.download(id_, items, "", platform)
+    finally:
+        mark = Path(solver.info()["envs_dirs"][0], "metaflow", platform, id_)
+        shutil.rmtree(mark, ignore_errors=True)
 
 
 def installer(solver: Solver, platform: str, target: Path) -> Path:
