@@ -224,3 +224,24 @@ def test_passwords_of_pips_configuration_are_on_no_command_line(wheels, monkeypa
         pypi.solve({"one": "1"}, "3.12.1", LINUX)
     assert started and not any("secret" in command for command in started)
     assert "secret" not in str(failed.value)
+
+
+def test_two_sources_may_be_built_with_two_versions_of_the_same(wheels, tmp_path):
+    for number in ("1", "2"):
+        channel.make_wheel(wheels, "builder", number, {})
+        needs = f'[build-system]\nrequires = ["builder=={number}"]\nbuild-backend = "builder"\n'
+        described = f"Metadata-Version: 2.2\nName: made{number}\nVersion: 1\n"
+        files = {"PKG-INFO": described, "pyproject.toml": needs}
+        channel.make_source(wheels, f"made{number}", "1", files)
+    items = pypi.solve({"made1": "1", "made2": "1"}, "3.12.1", LINUX)
+    build = pypi.solve_build(items, "3.12.1", LINUX)
+    packages = tuple(Package(item["url"], item["sha256"]) for item in build)
+    pypi.download(packages, "3.12.1", LINUX, tmp_path / "build")
+    there = sorted(path.name.split("-")[:2] for path in (tmp_path / "build").iterdir())
+    assert there == [["builder", "1"], ["builder", "2"]]
+
+
+@pytest.mark.parametrize("ending", [".whl", ".tar.gz"])
+def test_an_address_may_end_in_a_query(ending):
+    pypi.refuse_git(f"https://example.org/one-1{ending}?token=x#sha256=00")
+    assert pypi.is_source(f"https://example.org/one-1{ending}?token=x") == (ending != ".whl")

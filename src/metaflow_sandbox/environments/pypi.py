@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from metaflow.plugins.pypi.utils import markers_from_platform, pip_tags
 
@@ -107,17 +108,31 @@ def _solve(words: list[str], python: str, platform: str, sources: bool) -> list[
 
 
 def download(packages: tuple[Package, ...], python: str, platform: str, target: Path) -> None:
-    """Downloads packages into a new directory; pip holds them against their hashes.
+    """Downloads packages into a directory; pip holds them against their hashes.
 
     Raises:
         DependencyError
     """
     for package in packages:
         refuse_git(package.url)
-    hashes = [f" --hash=sha256:{p.sha256}" if p.sha256 else "" for p in packages]
-    lines = [f"{p.url}{wanted}\n" for p, wanted in zip(packages, hashes, strict=True)]
-    sources = any(is_source(package.url) for package in packages)
-    download_listed("".join(lines), python, platform, target, all(hashes), sources)
+    for group in _groups(packages):
+        hashes = [f" --hash=sha256:{p.sha256}" if p.sha256 else "" for p in group]
+        lines = [f"{p.url}{wanted}\n" for p, wanted in zip(group, hashes, strict=True)]
+        sources = any(is_source(package.url) for package in group)
+        download_listed("".join(lines), python, platform, target, all(hashes), sources)
+
+
+def _groups(packages: tuple[Package, ...]) -> list[list[Package]]:
+    """Packages that pip takes at once: it refuses two versions of a project, as builds may want."""
+    groups: list[dict[str, Package]] = []
+    for package in packages:
+        file = urlsplit(package.url).path.rsplit("/", 1)[-1]
+        project = package.url if is_source(package.url) else file.partition("-")[0].lower()
+        group = next((group for group in groups if project not in group), None)
+        if group is None:
+            groups.append(group := {})
+        group[project] = package
+    return [list(group.values()) for group in groups]
 
 
 def download_listed(
@@ -133,7 +148,7 @@ def download_listed(
     Raises:
         DependencyError
     """
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     command = ["download", "--no-deps", f"--dest={target}", *_options(python, platform, sources)]
     command += ["--require-hashes"] if hashed else []
     with tempfile.TemporaryDirectory() as directory:
@@ -155,7 +170,7 @@ def _requirements(packages: dict[str, str]) -> list[str]:
 
 def is_source(url: str) -> bool:
     """Whether what is there has to be built."""
-    return not url.partition("#")[0].endswith(".whl")
+    return not urlsplit(url).path.endswith(".whl")
 
 
 def refuse_git(url: str) -> None:
@@ -164,7 +179,7 @@ def refuse_git(url: str) -> None:
     Raises:
         DependencyError
     """
-    if not url.partition("#")[0].endswith((".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2")):
+    if not urlsplit(url).path.endswith((".whl", ".zip", ".tar.gz", ".tgz", ".tar.bz2")):
         raise DependencyError(f"{url} is no file. {NO_GIT}", op="resolve")
 
 
