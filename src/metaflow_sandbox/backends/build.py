@@ -16,7 +16,7 @@ from ..errors import SandboxError
 from ..settings import number
 from .base import Backend, Recipe, Sandbox, SandboxSpec, Say
 
-_SECONDS = 3600.0
+SECONDS = 3600.0
 _TAIL = 4000  # characters of what a failed build said
 _PACK = """
 import os, sys, tarfile
@@ -36,13 +36,18 @@ def spec(backend: Backend, recipe: Recipe, files: Mapping[str, Path]) -> Sandbox
     """A sandbox to build in: without a network, where the backend can do that."""
     return SandboxSpec(
         labels={"purpose": "build"},
-        lifetime=min(_SECONDS + 600, backend.longest_lifetime or _SECONDS + 600),
+        lifetime=min(SECONDS + 600, backend.longest_lifetime or SECONDS + 600),
         mounts=files,
-        memory=int(number("MEMORY")) or None if backend.limits().memory else None,
+        memory=memory(backend),
         image=recipe.image,
         network=False if "none" in backend.limits().network else None,
         options=recipe.options,
     )
+
+
+def memory(backend: Backend) -> int | None:
+    """MB that a build may have, where the backend can limit it."""
+    return int(number("MEMORY")) or None if backend.limits().memory else None
 
 
 async def install(sandbox: Sandbox, recipe: Recipe) -> None:
@@ -58,10 +63,10 @@ async def install(sandbox: Sandbox, recipe: Recipe) -> None:
         del tail[:-_TAIL]
 
     try:
-        code = await sandbox.exec(recipe.install, on_stdout=keep, on_stderr=keep, timeout=_SECONDS)
+        code = await sandbox.exec(recipe.install, on_stdout=keep, on_stderr=keep, timeout=SECONDS)
     except TimeoutError:
         raise BuildFailed(
-            f"the environment ({recipe.title}) was not built within {_SECONDS / 60:.0f} minutes.",
+            f"the environment ({recipe.title}) was not built within {SECONDS / 60:.0f} minutes.",
             op="prepare",
         ) from None
     if code != 0:

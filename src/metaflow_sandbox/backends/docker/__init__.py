@@ -26,6 +26,7 @@ import anyio
 from anyio.from_thread import BlockingPortalProvider
 
 from ...errors import BackendUnavailable, NotEnforceable, SandboxError
+from .. import build
 from ..base import (
     IN_IMAGES,
     Backend,
@@ -189,7 +190,11 @@ class Docker(Backend):
     ) -> DockerSandbox:
         """A sandbox with a root that can be written, to make an image of."""
         spec = SandboxSpec(
-            labels={"purpose": "setup"}, lifetime=_SETUP_SECONDS, network=network, options=options
+            labels={"purpose": "setup"},
+            lifetime=_SETUP_SECONDS,
+            memory=build.memory(self),
+            network=network,
+            options=options,
         )
         return await self._start(spec, image, writable=True)
 

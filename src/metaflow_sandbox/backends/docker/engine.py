@@ -168,14 +168,26 @@ class Engine:
             groups=f"control groups, version {str(host.get('cgroupVersion', 'v1'))[1:]}",
         )
 
-    async def call(self, *arguments: str) -> Answer:
-        """Runs the client program to its end; it is waited for even when cancelled."""
+    async def call(self, *arguments: str, seconds: float = _CALL_SECONDS) -> Answer:
+        """Runs the client program to its end; it is waited for even when cancelled.
+
+        Raises:
+            SandboxError: it did not end within so many seconds.
+        """
 
         def run() -> Answer:
-            done = subprocess.run(
-                [self.program, *arguments],
-                stdin=DEVNULL, capture_output=True, timeout=_CALL_SECONDS, check=False,
-            )  # fmt: skip
+            try:
+                done = subprocess.run(
+                    [self.program, *arguments],
+                    stdin=DEVNULL, capture_output=True, timeout=seconds, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                raise SandboxError(
+                    f"the engine did not answer `{self.program} {arguments[0]}` within "
+                    f"{seconds:.0f} s: look at what it is busy with, or restart it.",
+                    code="engine_slow",
+                    op=arguments[0],
+                ) from None
             return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
 
         return await anyio.to_thread.run_sync(run)

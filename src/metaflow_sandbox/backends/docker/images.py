@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from ...errors import SandboxError
 from ...leases import alone
+from .. import build as builds
 from ..base import Recipe, Say
 from .engine import NO_SPACE, BadImage, Engine, explain, explain_pull
 
@@ -105,11 +106,16 @@ async def make(
     if recipe.install:
 
         async def install(sandbox: DockerSandbox) -> None:
-            await say(f"{recipe.title or 'packages'}: installed, once.")
-            files = await anyio.to_thread.run_sync(lambda: dict(recipe.files))
-            for inside, source in files.items():
-                await _copy(sandbox, inside, source)
-            await _run(sandbox, list(recipe.install), name)
+            async with builds.announced(recipe, say):
+                files = await anyio.to_thread.run_sync(lambda: dict(recipe.files))
+                for inside, source in files.items():
+                    await _copy(sandbox, inside, source)
+                try:
+                    await builds.install(sandbox, recipe)
+                except builds.BuildFailed as e:
+                    if "no space left on device" not in str(e).lower():
+                        raise
+                    raise builds.BuildFailed(f"{e}\n{NO_SPACE}", op="prepare") from None
             await _run(sandbox, ["rm", "-rf", "--", *files], name)
 
         image = await _once(backend, image, replace(recipe, setup=()), False, install)
@@ -136,7 +142,8 @@ async def _once(
         sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
             await build(sandbox)
-            answer = await engine.call("commit", "--pause=false", sandbox.id, tag)
+            words = ["commit", "--pause=false", sandbox.id, tag]
+            answer = await engine.call(*words, seconds=builds.SECONDS)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")
         finally:
@@ -155,15 +162,25 @@ async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
         tail.extend(data)
         del tail[:-_TAIL]
 
-    code = await sandbox.exec(argv, cwd="/", env=_SETUP, on_stdout=keep, on_stderr=keep)
+    try:
+        code = await sandbox.exec(
+            argv, cwd="/", env=_SETUP, on_stdout=keep, on_stderr=keep, timeout=builds.SECONDS
+        )
+    except TimeoutError:
+        raise BadImage(
+            f"image={name!r} can't be prepared: `{argv[-1]}` did not end within "
+            f"{builds.SECONDS / 60:.0f} minutes.",
+            op="prepare",
+            retryable=False,
+        ) from None
     if code != 0:
         text = tail.decode(errors="replace").strip()
         text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         if "no space left on device" in text.lower():  # there it has no disk of its own
             text += f"\n{NO_SPACE}"
         raise BadImage(
-            f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. It ran as "
-            f"root; setup has the internet through an HTTP proxy alone.\n{text}",
+            f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. "
+            f"It ran as root; setup has the internet through an HTTP proxy alone.\n{text}",
             op="prepare",
             retryable=False,
         )

@@ -301,7 +301,7 @@ class DockerSandbox(BoxedSandbox):
             return
         code = await self._client_ended()
         if code == _KILLED and not self._engine.podman:
-            with contextlib.suppress(SandboxError, subprocess.TimeoutExpired):
+            with contextlib.suppress(SandboxError):
                 answer = await self._engine.call(
                     "events", "--since", f"{self._began - 1:.3f}", "--until", f"{time.time():.3f}",
                     "--filter", f"container={self.id}", "--filter", "event=oom",
