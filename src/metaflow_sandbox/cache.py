@@ -3,7 +3,7 @@
     KEY/root, or KEY/archive    what was built
     KEY/record.json             how many entries and bytes it has, to know whether all is there
     .lock-KEY                   locked by who builds it, and shared by who uses it
-    .new-…, .old-…              being built, being removed
+    .new-…, .old-…              being built, being removed: locked by who does that
 
 A name says what went in (`Recipe.key`), so whoever finds it may use it. It gets its name
 when it is complete: what was being built by a process that was killed has none.
@@ -19,7 +19,6 @@ import re
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ _KEY = re.compile(r"[A-Za-z0-9_-]{8,100}\Z")
 _WAIT_SECONDS = 0.2
 _WATCH_SECONDS = 2.0
 _OPEN = 0o755  # below a directory that is private
-_ABANDONED_SECONDS = 24 * 3600.0
 #: Locks that say that this process uses what they are for; the kernel drops them with it.
 _in_use: dict[Path, int] = {}
 
@@ -88,13 +86,16 @@ def limit() -> int:
     return int(number("CACHE")) << 20
 
 
-async def get(key: str, build: Build, say: Say) -> Path:
+async def get(key: str, build: Build, say: Say, rebuild: bool = False) -> Path:
     """The directory of an environment, built if it isn't there. It stays while we live.
 
     Those that were not used for longest go, where all have more than `limit`.
 
+    Args:
+        rebuild: replaces what was there before this process used it.
+
     Raises:
-        SandboxError: it can't be built, or kept.
+        SandboxError: it can't be built, or kept; or replaced, since another run uses it.
     """
     if not _KEY.match(key):
         raise ValueError(f"{key!r} is not a key")
@@ -104,20 +105,32 @@ async def get(key: str, build: Build, say: Say) -> Path:
     while target not in _in_use:
         fd, alone = _try_lock(base, key)
         try:
-            whole = fd is not None and await anyio.to_thread.run_sync(_whole, target)
-            if alone and not whole:
-                if target.exists():
-                    await say("its environment lost files since it was built: it is built anew.")
+            there = fd is not None and target.exists()
+            whole = there and await anyio.to_thread.run_sync(_whole, target)
+            wanted = whole and not rebuild
+            if alone and not wanted:
+                if there:
+                    if not whole:
+                        await say("its environment lost files since it was built.")
                     await anyio.to_thread.run_sync(_bury, target)
                 await _build(base, target, build)
                 await anyio.to_thread.run_sync(_bound, base, limit(), {key})
-            elif fd is not None and whole:
+                rebuild = False
+            elif wanted:
+                assert fd is not None  # noqa: S101 - for type checkers
                 os.utime(target / "record.json")
                 fcntl.flock(fd, fcntl.LOCK_SH)
                 if target.exists():  # for between two locks it is nobody's
                     _in_use[target], fd = fd, None
+            elif there and waited:  # for once it may be one that only looks at it
+                raise SandboxError(
+                    f"the environment {target} {'is to be built anew' if whole else 'lost files'}, "
+                    "and another run uses it. Wait until that has ended, or give cache=False.",
+                    op="prepare",
+                    code="cache_failed",
+                )
             else:
-                if not waited:
+                if not waited and not there:
                     await say("another run builds its environment; this one waits for it.")
                 waited = True
                 await anyio.sleep(_WAIT_SECONDS)
@@ -128,12 +141,33 @@ async def get(key: str, build: Build, say: Say) -> Path:
 
 
 def _tidy(base: Path) -> None:
-    """Removes what was left by processes that were killed."""
+    """Removes what was left by processes that were killed: nobody has it locked."""
     for pattern in (".new-*", ".old-*"):
         for path in base.glob(pattern):
             with contextlib.suppress(OSError):  # another process was quicker
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
-                    _remove(path)
+                held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    if _flock(held, fcntl.LOCK_EX):
+                        _remove(path)
+                finally:
+                    os.close(held)
+
+
+@contextlib.contextmanager
+def _own(base: Path, prefix: str) -> Iterator[Path]:
+    """A directory that nobody tidies up while we live. It is removed at the end."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+        with contextlib.suppress(FileNotFoundError):  # tidied up before it was locked
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if _flock(held, fcntl.LOCK_EX) and path.exists():
+                break
+            os.close(held)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        os.close(held)
 
 
 def _try_lock(base: Path, key: str) -> tuple[int | None, bool]:
@@ -163,11 +197,11 @@ def _flock(fd: int, how: int) -> bool:
 
 
 async def _build(base: Path, target: Path, build: Build) -> None:
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=base))
     try:
-        description = await build(new)
-        await anyio.to_thread.run_sync(_seal, new, description)
-        os.rename(new, target)
+        with _own(base, ".new-") as new:
+            description = await build(new)
+            await anyio.to_thread.run_sync(_seal, new, description)
+            os.rename(new, target)
     except OSError as e:
         raise SandboxError(
             f"an environment can't be kept in {base}: {e.strerror or e}. `metaflow-sandbox cache "
@@ -175,9 +209,6 @@ async def _build(base: Path, target: Path, build: Build) -> None:
             op="prepare",
             code="cache_failed",
         ) from e
-    finally:
-        with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(_remove, new)
 
 
 def check_size(size: int) -> None:
@@ -282,9 +313,8 @@ def _record(target: Path) -> dict[str, object] | None:
 
 
 def _bury(target: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=".old-", dir=target.parent))
-    target.rename(old / "it")
-    _remove(old)
+    with _own(target.parent, ".old-") as old:
+        target.rename(old / "it")
 
 
 def _remove(path: Path) -> None:
@@ -330,6 +360,7 @@ def clear(keys: set[str] | None = None) -> tuple[list[Entry], list[Entry]]:
     removed: list[Entry] = []
     kept: list[Entry] = []
     base = directory()
+    _tidy(base)
     for entry in entries():
         if keys is None or entry.key in keys:
             (removed if _evict(base, entry.key) else kept).append(entry)

@@ -7,7 +7,7 @@ import engines
 import pytest
 
 from metaflow_sandbox.backends.base import Recipe, SandboxSpec
-from metaflow_sandbox.backends.docker import Docker
+from metaflow_sandbox.backends.docker import Docker, images
 
 pytestmark = pytest.mark.anyio
 
@@ -28,8 +28,7 @@ def recipe(docker, tmp_path, monkeypatch):
         engines.IMAGE, ("echo set up >> /opt/setup",), {"/wheels": tmp_path / "wheels"}, install,
         "/env",
     )  # fmt: skip
-    made = docker.docker("images", "--quiet", "metaflow-sandbox").stdout.split()
-    docker.docker("rmi", "--force", *made)
+    docker.docker("rmi", "--force", *made(docker))
 
 
 async def test_an_installation_is_in_the_image_and_its_files_are_not(recipe):
@@ -45,20 +44,48 @@ async def test_an_installation_is_in_the_image_and_its_files_are_not(recipe):
 
 
 async def test_who_asks_at_the_same_time_waits_and_gets_the_same(recipe, docker):
-    said, images = [], []
+    said, found = [], []
 
     async def prepare():
         async def say(line):
             said.append(line)
 
-        images.append((await Docker().prepare(recipe, say)).image)
+        found.append((await Docker().prepare(recipe, say)).image)
 
     async with anyio.create_task_group() as tasks:
         for _ in range(3):
             tasks.start_soon(prepare)
-    assert len(set(images)) == 1
+    assert len(set(found)) == 1
     assert said.count("setup: echo set up >> /opt/setup") == 1
     other = replace(recipe, install=(*recipe.install[:2], "mkdir /env && echo other > /env/a"))
-    assert (await Docker().prepare(other)).image not in images
+    assert (await Docker().prepare(other)).image not in found
     # What `setup` gave was there already.
     assert len(docker.docker("images", "--quiet", "metaflow-sandbox").stdout.split()) == 3
+
+
+def made(docker):
+    """The images that recipes have made, without those that lost their name."""
+    return sorted(docker.docker("images", "--quiet", "metaflow-sandbox").stdout.split())
+
+
+async def test_what_serves_one_run_alone_is_removed_after_it(recipe, docker):
+    ordinary = await Docker().prepare(recipe)
+    before = made(docker)
+    assert ordinary.discard is None
+    once = replace(recipe, once="run-1")
+    set_up = await Docker().prepare(replace(once, files={}, install=(), prefix=None))
+    both = await Docker().prepare(once)
+    assert ordinary.image not in (set_up.image, both.image)
+    assert len(made(docker)) == 4
+    await both.discard()
+    await set_up.discard()
+    assert made(docker) == before
+
+
+async def test_what_is_made_anew_takes_the_place_of_what_was_there(recipe, docker, monkeypatch):
+    monkeypatch.setattr(images, "_rebuilt", set())
+    first = await Docker().prepare(recipe)
+    monkeypatch.setattr(images, "_rebuilt", set())  # as for another run
+    again = [(await Docker().prepare(replace(recipe, rebuild=True))).image for _ in range(2)]
+    assert again[0] == again[1] != first.image
+    assert (await Docker().prepare(recipe)).image == again[0]

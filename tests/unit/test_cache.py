@@ -5,7 +5,6 @@ import stat
 import subprocess
 import sys
 import textwrap
-import time
 
 import anyio
 import pytest
@@ -199,10 +198,41 @@ def test_a_directory_of_somebody_elses_making_is_not_used(directory):
         get(KEY, files(a="1"))
 
 
-def test_what_was_abandoned_long_ago_is_tidied_up(directory):
+def test_what_a_killed_build_left_is_tidied_up_and_what_is_being_built_is_not(directory, tmp_path):
     old = directory / ".new-abandoned"
     (old / "root").mkdir(parents=True)
     (old / "root").chmod(0)
-    os.utime(old, (time.time() - 1e6,) * 2)
+    builds = process(tmp_path / "log", "await anyio.sleep_forever()")
+    assert builds.stdout.readline() == "building\n"
+    cache.clear()
+    (new,) = directory.glob(".new-*")
+    assert new != old
+    builds.kill()
+    builds.communicate()
+    cache.clear()
+    assert not list(directory.glob(".new-*"))
+
+
+def test_what_is_built_anew_takes_the_place_of_what_was_there_once(directory):
     forget(get(KEY, files(a="1")))
-    assert not old.exists()
+
+    async def say(_):
+        pass
+
+    for build in (files(a="2"), fails):  # steps of a run share it
+        path = anyio.run(cache.get, KEY, build, say, True)
+        assert path == directory / KEY
+        assert (path / "root/a").read_text() == "2"
+    forget(path)
+    assert get(KEY, fails) == path
+
+
+def test_what_lost_files_while_another_run_uses_it_is_not_waited_for(directory, tmp_path):
+    user = process(tmp_path / "log", "pass")
+    while user.stdout.readline() != "1\n":
+        assert user.poll() is None
+    (directory / KEY / "root/a").unlink()
+    with pytest.raises(SandboxError, match="lost files, and another run uses it"):
+        get(KEY, fails)
+    user.communicate("")
+    assert get(KEY, files(a="2")) == directory / KEY

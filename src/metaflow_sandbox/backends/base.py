@@ -184,6 +184,9 @@ class Recipe:
         contents: stands for `files` in the key, where it is known before they are there.
         title: what is installed, in words: "python 3.12.1 and 7 packages".
         python: the Python inside, where the user named one; not part of `key`.
+        once: the run that it is for alone, if that is so; not part of `key`. What is kept under
+            another name for it gets a `Prepared.discard`.
+        rebuild: whether what is there of it is made anew, and replaced.
     """
 
     image: str | None = None
@@ -199,6 +202,8 @@ class Recipe:
     contents: str = ""
     title: str = ""
     python: str | None = None
+    once: str = ""
+    rebuild: bool = False
 
     @property
     def plain(self) -> bool:

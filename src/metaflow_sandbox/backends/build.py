@@ -118,7 +118,7 @@ async def archived(backend: Backend, recipe: Recipe, say: Say) -> dict[str, Path
                     await sandbox.destroy()
         return recipe.title
 
-    return {prefix: (await cache.get(key, make, say)) / cache.ARCHIVE}
+    return {prefix: (await cache.get(key, make, say, recipe.rebuild)) / cache.ARCHIVE}
 
 
 async def _copy(sandbox: Sandbox, inside: str, target: Path) -> None:

@@ -80,15 +80,12 @@ class Environment(ABC):
         """The interpreter that runs the step."""
         return f"{self.prefix(backend)}/bin/python"
 
-    def recipe(
-        self, plain: Recipe, backend: Backend, workspace: Path, cached: bool = True
-    ) -> Recipe:
+    def recipe(self, plain: Recipe, backend: Backend, workspace: Path) -> Recipe:
         """How it is built.
 
         Args:
             plain: what the step's sandboxes are made from without it.
             workspace: the run's directory, where its packages are put until it is.
-            cached: whether one that was built before will do.
         """
         build = f"{backend.work}/build"
 
@@ -100,14 +97,13 @@ class Environment(ABC):
             readable(target)
             return {build: target, **{f"{backend.work}/{n}": p for n, p in beside.items()}}
 
-        contents = self.digest if cached else f"{self.digest} {workspace.name}"
         install = (backend.interpreter(plain.image), "-I", "-S", f"{build}/{INSTALL.name}")
         return replace(
             plain,
             files=Fetched(files),
             install=(*install, self.prefix(backend), build),
             prefix=self.prefix(backend),
-            contents=contents,
+            contents=" ".join(filter(None, (self.digest, plain.once))),
             title=self.title,
         )
 

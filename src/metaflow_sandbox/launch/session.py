@@ -120,6 +120,8 @@ class Session:
 
             anyio.from_thread.run(told)
 
+        force = bool(getattr(environment, "_force_rebuild", False))
+        alone = request.cache is False
         plain = Recipe(
             request.image,
             request.setup,
@@ -129,6 +131,9 @@ class Session:
             disk=request.disk,
             gpu=request.gpu,
             python=request.executable,
+            once=self.workspace.path.name if alone else "",
+            # What a provider keeps can't be replaced while others may use it.
+            rebuild=force and not alone and not backend.keeps_builds,
         )
         if environment.TYPE == "local" and not request.executable:
             return await self._make(backend, plain, say), None
@@ -138,12 +143,14 @@ class Session:
         )
         if found is None:
             return await self._make(backend, plain, say), None
-        # What a provider keeps is found by what is in it, so that it is the same one anew.
-        anew = request.cache is False or environment._force_rebuild
-        cached = backend.keeps_builds or not anew
-        recipe = found.recipe(plain, backend, self.workspace.path, cached)
+        if force and backend.keeps_builds:
+            await say(
+                f"--force-rebuild-environments resolves anew; {backend.name} goes on with what it "
+                "has of the same content"
+            )
+        recipe = found.recipe(plain, backend, self.workspace.path)
         prepared = await self._make(backend, recipe, say)
-        if not cached:
+        if alone:
             self._discarded.update(prepared.mounts.values())
         return prepared, found.python(backend)
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class Boxlite(Backend):
         if not recipe.plain:
             layout = await build.prepare(self, recipe, layout, say)
             await build.look_over(self, image, layout, say)
-        return Prepared(str(layout))
+        for_one_run = recipe.once and not recipe.plain
+        discard = partial(build.remove, layout) if for_one_run else None
+        return Prepared(str(layout), discard=discard)
 
     async def create(self, spec: SandboxSpec) -> BoxliteSandbox:
         self.refuse(spec)

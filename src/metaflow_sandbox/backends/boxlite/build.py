@@ -16,11 +16,13 @@ import platform
 import shutil
 import tarfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from ...concurrency import blocking
 from ...errors import SandboxError
 from ..base import Recipe, SandboxSpec, Say, Sink, discard, unsaid
 from .faults import BadImage, harmless
@@ -31,6 +33,8 @@ from .sandbox import BoxliteSandbox
 if TYPE_CHECKING:
     from . import Boxlite
 
+#: What this process has made: steps share what one of them had built anew.
+_rebuilt: set[Path] = set()
 _OCI = "application/vnd.oci.image"
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _DISK = 16384
@@ -243,12 +247,21 @@ async def prepare(backend: Boxlite, recipe: Recipe, base: Path, say: Say) -> Pat
     Raises:
         SandboxError: a command failed, with what it said.
     """
-    key = await anyio.to_thread.run_sync(recipe.key, digest_of(base), backend.provider())
+    more = (digest_of(base), backend.provider(), *filter(None, (recipe.once,)))
+    key = await anyio.to_thread.run_sync(recipe.key, *more)
     async with alone(f"prepared/{key}") as target:
-        if not target.is_dir():
+        if not target.is_dir() or (recipe.rebuild and target not in _rebuilt):
             await say("preparing the image: this is done once")
             await _make(backend, recipe, base, target, say)
+            _rebuilt.add(target)
     return target
+
+
+async def remove(layout: Path) -> None:
+    """Removes what `prepare` made for one run."""
+    record = cache() / "looked-over" / digest_of(layout).partition(":")[2]
+    await blocking(partial(shutil.rmtree, layout, ignore_errors=True))
+    record.unlink(missing_ok=True)
 
 
 async def _make(backend: Boxlite, recipe: Recipe, base: Path, target: Path, say: Say) -> None:
@@ -268,6 +281,7 @@ async def _make(backend: Boxlite, recipe: Recipe, base: Path, target: Path, say:
         with new_layout(target) as layout:
             layer = await _pack(sandbox, layout / "blobs" / "sha256", left_out(backend, recipe))
             await anyio.to_thread.run_sync(_describe, layout, layer, base, {})
+            shutil.rmtree(target, ignore_errors=True)  # what it replaces
     finally:
         await sandbox.destroy()
 

@@ -146,7 +146,7 @@ class Bubblewrap(Backend):
                     await sandbox.destroy()
             return recipe.title
 
-        return {prefix: (await cache.get(key, make, say)) / cache.ROOT}
+        return {prefix: (await cache.get(key, make, say, recipe.rebuild)) / cache.ROOT}
 
     async def _unpack_image(self, image_name: str, say: Say) -> None:
 

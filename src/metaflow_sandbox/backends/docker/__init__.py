@@ -19,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import anyio
@@ -131,7 +131,9 @@ class Docker(Backend):
         if not recipe.plain:
             image = await images.make(self, name, image, recipe, say)
         self._images[image["Id"]] = image
-        return Prepared(image["Id"])
+        for_one_run = recipe.once and not recipe.plain
+        discard = partial(images.discard, engine, image) if for_one_run else None
+        return Prepared(image["Id"], discard=discard)
 
     async def _try(self, name: str, image: dict[str, Any], recipe: Recipe) -> None:
         """Makes a sandbox of an image, to see that it has what a step needs."""

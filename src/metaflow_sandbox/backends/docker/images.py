@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: What images of ours are called, with `Recipe.key` as their tag.
 REPOSITORY = "metaflow-sandbox"
+#: Tags of images that this process has made: steps share what one of them had built anew.
+_rebuilt: set[str] = set()
 _SAY_SECONDS = 10.0
 _TAIL = 2000
 _SETUP = {"HOME": "/root", "TMPDIR": "/tmp", "DEBIAN_FRONTEND": "noninteractive"}
@@ -101,7 +103,7 @@ async def make(
                 await say(f"setup: {command}")
                 await _run(sandbox, ["sh", "-c", command], name)
 
-        alone = Recipe(recipe.image, recipe.setup, options=recipe.options)
+        alone = replace(recipe, files={}, install=(), prefix=None, contents="")
         image = await _once(backend, image, alone, True, set_up)
     if recipe.install:
 
@@ -131,13 +133,14 @@ async def _once(
 ) -> dict[str, Any]:
     """What an image becomes by `build`, which whoever needs it first has done to a container."""
     engine = backend.engine
-    key = await anyio.to_thread.run_sync(recipe.key, image["Id"])
+    key = await anyio.to_thread.run_sync(recipe.key, image["Id"], *filter(None, (recipe.once,)))
     tag = f"{REPOSITORY}:{key}"
     locks = Path(user_cache_path("metaflow-sandbox")) / "docker"
     locks.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(locks / f"{key}.lock", "w") as lock:  # noqa: ASYNC230 - a file of this machine
         await alone(lock.fileno())
-        if (made := await engine.image(tag)) is not None:
+        made = before = await engine.image(tag)
+        if made is not None and (not recipe.rebuild or tag in _rebuilt):
             return made
         sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
@@ -146,6 +149,9 @@ async def _once(
             answer = await engine.call(*words, seconds=builds.SECONDS)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")
+            _rebuilt.add(tag)
+            if before is not None:
+                await engine.call("rmi", before["Id"])  # unless it is in use
         finally:
             with anyio.CancelScope(shield=True):
                 await sandbox.destroy()
@@ -153,6 +159,11 @@ async def _once(
     if made is None:
         raise SandboxError(f"the image {tag} was made and is not there", op="prepare")
     return made
+
+
+async def discard(engine: Engine, image: dict[str, Any]) -> None:
+    """Removes what `make` made for one run."""
+    await engine.call("rmi", "--force", image["Id"])
 
 
 async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
