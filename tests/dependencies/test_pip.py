@@ -1,10 +1,12 @@
 """pip resolves for the Python and the platform inside, whatever runs it."""
 
+import http.server
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import channel
@@ -245,3 +247,37 @@ def test_two_sources_may_be_built_with_two_versions_of_the_same(wheels, tmp_path
 def test_an_address_may_end_in_a_query(ending):
     pypi.refuse_git(f"https://example.org/one-1{ending}?token=x#sha256=00")
     assert pypi.is_source(f"https://example.org/one-1{ending}?token=x") == (ending != ".whl")
+
+
+ADDRESS = "https://me:token@example.org/"
+
+
+@pytest.mark.parametrize("version", [f"@ {ADDRESS}one-1-py3-none-any.whl", "1"])
+def test_a_password_that_no_lock_keeps_is_refused_with_where_it_belongs(
+    wheels, monkeypatch, version
+):
+    if version == "1":
+        monkeypatch.setenv("PIP_FIND_LINKS", ADDRESS)
+    with pytest.raises(DependencyError, match="netrc") as refused:
+        pypi.solve({"one": version}, "3.12.1", LINUX)
+    assert "example.org" in str(refused.value) and "token@" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_an_index_that_wants_another_password_is_named(wheels, monkeypatch, status):
+    class Refuses(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://me:wrong-password@127.0.0.1:{server.server_port}/simple"
+        monkeypatch.setenv("PIP_INDEX_URL", url)
+        with pytest.raises(DependencyError, match=f"127.0.0.1 answered {status}") as refused:
+            pypi.solve({"one": "1"}, "3.12.1", LINUX)
+        server.shutdown()
+    assert "wrong-password" not in str(refused.value)

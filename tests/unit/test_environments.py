@@ -14,6 +14,7 @@ from metaflow_sandbox.backends.docker.engine import Engine
 from metaflow_sandbox.backends.docker.sandbox import DockerSandbox
 from metaflow_sandbox.environments import Package
 from metaflow_sandbox.environments.conda import CondaEnvironment, Solver, fetch_conda
+from metaflow_sandbox.environments.uv import UvEnvironment
 
 PYTHON = Package("https://example.org/linux-64/python-3.12.1-0.conda", "00")
 ENVIRONMENT = CondaEnvironment("linux-64", "3.12.1", (PYTHON,), (), (), None)
@@ -81,3 +82,13 @@ def test_the_packages_of_every_environment_for_another_platform_are_downloaded(
         (path,) = fetch_conda(Solver(), (package,), "linux-64").values()
         assert path.read_text() == "a package"
     assert not list((tmp_path / "envs").rglob("fake.done"))
+
+
+def test_a_token_in_the_address_of_an_index_makes_no_other_environment():
+    """Those of some clouds are others every day."""
+    requirements = "--index-url https://aws:{}@example.org/simple\n\nidna==3.10 --hash=sha256:9\n"
+    found = {
+        UvEnvironment("linux-64", "3.11.7", "/usr/bin/python3", requirements.format(token)).digest
+        for token in ("monday", "tuesday")
+    }
+    assert len(found) == 1

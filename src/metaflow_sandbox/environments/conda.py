@@ -105,13 +105,21 @@ def resolve_conda(
             known: list[dict[str, Any]] | None = environment.read_from_environment_manifest(
                 [*key, kind]
             )
-            if not known or environment._force_rebuild:
+            # Metaflow's own doesn't say what the build of source needs.
+            unknown = any(pypi.is_source(i["url"]) and "build" not in i for i in known or ())
+            if not known or (kind == "pypi" and unknown) or environment._force_rebuild:
                 say(f"its {kind} packages are looked for.")
                 known = solve()
                 environment.write_to_environment_manifest([*key, kind], known)
             return known
 
         asked = described["conda"]
+        if str(asked["python"]).strip().endswith("t"):
+            raise DependencyError(
+                f"python={asked['python']!r}: there are no packages here for a Python without its "
+                "lock. Leave out the t.",
+                op="resolve",
+            )
 
         def solve_conda() -> list[dict[str, Any]]:
             found = solver.solve(key[0], asked["packages"], asked["python"], platform)

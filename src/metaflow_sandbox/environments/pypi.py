@@ -63,6 +63,7 @@ def solve(packages: dict[str, str], python: str, platform: str) -> list[dict[str
         DependencyError: there are none, with pip's reasons.
     """
     words = _requirements(packages)
+    _refuse_passwords([*packages.values(), *_sources().get("PIP_FIND_LINKS", "").split()])
     try:
         return _solve(words, python, platform, sources=False)
     except NoWheel:
@@ -157,6 +158,23 @@ def download_listed(
         _pip([*command, f"--requirement={file}"], python, platform, builds if sources else None)
 
 
+def _refuse_passwords(words: list[str]) -> None:
+    """The lock has addresses without them, by which nothing could be downloaded later.
+
+    Raises:
+        DependencyError
+    """
+    for word in words:
+        url = urlsplit(word.removeprefix("@").strip())
+        if url.scheme.startswith("http") and url.username is not None:
+            raise DependencyError(
+                f"the address of something at {url.hostname} has a password or a token in it, and "
+                "a lock keeps none. Put it into ~/.netrc (machine, login, password), and leave it "
+                "out of the address; that of an index (index-url) may have one.",
+                op="resolve",
+            )
+
+
 def _requirements(packages: dict[str, str]) -> list[str]:
     """As Metaflow writes them."""
     words = []
@@ -248,7 +266,13 @@ def _markers(python: str, platform: str) -> dict[str, str]:
 def _pip(words: list[str], python: str, platform: str, sources: Path | None) -> None:
     told = {"markers": _markers(python, platform), "sources": str(sources) if sources else None}
     command = [sys.executable, "-I", str(_PROGRAM), json.dumps(told)]
-    command += ["--disable-pip-version-check", "--no-color", "--no-input", *words]
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory, "log")  # which alone has what an index answers
+        command += ["--disable-pip-version-check", "--no-color", "--no-input", f"--log={log}"]
+        _run_pip([*command, *words], python, platform, bool(sources), log)
+
+
+def _run_pip(command: list[str], python: str, platform: str, sources: bool, log: Path) -> None:
     others = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     environment = {**others, **_sources(), "PIP_CONFIG_FILE": os.devnull}
     try:
@@ -278,9 +302,21 @@ def _pip(words: list[str], python: str, platform: str, sources: Path | None) -> 
     if found := re.search(r"No matching distribution found for (.*)", said):
         raise NoWheel(
             f"there is no wheel of {found[1]} for Python {python} on {platform} where pip "
-            f"looks for packages{', nor source' if sources else ''}.",
+            f"looks for packages{', nor source' if sources else ''}.{_denied(log)}",
             op="resolve",
         )
     errors = [line for line in said.splitlines() if not line.startswith("WARNING")]
     kind = NoWheel if _FOR_SOURCE.search(said) else DependencyError
     raise kind(f"pip failed.\n{chr(10).join(errors)[-_TAIL:]}", op="resolve")
+
+
+def _denied(log: Path) -> str:
+    """Who wanted other credentials, in a sentence, by pip's log."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    found = re.search(r"\b(401|403) Client Error: .* for url: (\S+)", text)
+    if found is None:
+        return ""
+    return (
+        f" {urlsplit(found[2]).hostname} answered {found[1]}: look at the password or token that "
+        "your pip has for it (index-url, ~/.netrc)."
+    )
