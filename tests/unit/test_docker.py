@@ -5,11 +5,11 @@ import pytest
 from metaflow import metaflow_config
 
 from metaflow_sandbox.backends import build
-from metaflow_sandbox.backends.base import Recipe, unsaid
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec, unsaid
 from metaflow_sandbox.backends.docker import images
 from metaflow_sandbox.errors import SandboxError
 
-from .test_environments import ENGINE, docker
+from .test_environments import ENGINE, command, docker
 
 IMAGE = {"Id": "sha256:image", "Config": {}}
 
@@ -79,3 +79,16 @@ def test_an_installation_that_fails_is_called_what_it_is(monkeypatch, tmp_path, 
         anyio.run(images.make, backend, "python:3.12-slim", IMAGE, recipe, unsaid)
     assert "two packages" in str(failed.value) and "image=" not in str(failed.value)
     assert container.asked == [(list(recipe.install), build.SECONDS)]
+
+
+def test_a_limit_of_this_machine_is_not_given_to_an_engine_elsewhere():
+    for local in (True, False):
+        words = command(docker(podman=True, local=local), SandboxSpec())
+        assert any(word.startswith("nofile=") for word in words) == local
+
+
+@pytest.mark.parametrize(("limited", "notes"), [(True, 0), (False, 1)])
+def test_an_engine_that_leaves_swap_open_says_so(limited, notes):
+    backend = docker(swap=limited, program="/bin/true")
+    said = anyio.run(backend.preflight).notes
+    assert len([note for note in said if "swap" in note]) == notes

@@ -186,7 +186,7 @@ class Recipe:
         python: the Python inside, where the user named one; not part of `key`.
         once: the run that it is for alone, if that is so; not part of `key`. What is kept under
             another name for it gets a `Prepared.discard`.
-        rebuild: whether what is there of it is made anew, and replaced.
+        rebuild: whether what is there of its installation is made anew, and replaced.
     """
 
     image: str | None = None

@@ -41,7 +41,7 @@ from ..base import (
 )
 from . import images
 from .engine import BadImage, Engine, explain
-from .sandbox import MARK, DockerSandbox
+from .sandbox import MADE, MARK, DockerSandbox
 
 _STALE = "10m"
 _SWEEP_SECONDS = 60
@@ -110,6 +110,8 @@ class Docker(Backend):
                     f"{name} can't be limited by this engine: give it control groups, version 2, "
                     "that are delegated to you."
                 )
+        if engine.memory and not engine.swap:
+            notes.append("what exceeds memory=… may go to swap, which this engine can't close.")
         if not engine.local:
             notes.append("inputs are copied into containers, since it can't bind them as they are.")
         return Preflight(engine.name, notes)
@@ -119,7 +121,7 @@ class Docker(Backend):
         with suppress(SandboxError, OSError, subprocess.TimeoutExpired):
             subprocess.run(
                 [self.engine.program, "container", "prune", "--force",
-                 "--filter", f"label={MARK}", "--filter", f"until={_STALE}"],
+                 "--filter", f"label={MADE}", "--filter", f"until={_STALE}"],
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=_SWEEP_SECONDS, check=False,
             )  # fmt: skip
 
@@ -212,7 +214,7 @@ class Docker(Backend):
 
     async def list(self, labels: Mapping[str, str]) -> list[SandboxInfo]:
         engine = await anyio.to_thread.run_sync(lambda: self.engine)
-        asked = ["ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={MARK}"]
+        asked = ["ps", "--all", "--quiet", "--no-trunc", "--filter", f"label={MADE}"]
         answer = await engine.call(*asked)
         if answer.code != 0:
             raise explain(answer.said, "list")

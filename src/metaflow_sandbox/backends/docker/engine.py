@@ -57,6 +57,7 @@ class Engine:
         sizes: whether its storage driver may limit a container's root.
         runtimes: those that can be named; None: it doesn't say.
         remapped: whether root inside is another user outside.
+        swap: whether it can keep memory that is limited out of swap.
     """
 
     program: str
@@ -70,6 +71,7 @@ class Engine:
     runtimes: frozenset[str] | None
     remapped: bool
     groups: str
+    swap: bool = True
 
     @property
     def name(self) -> str:
@@ -137,6 +139,7 @@ class Engine:
             runtimes=frozenset(info.get("Runtimes") or ()),
             remapped=bool({"userns", "rootless"} & set(security)),
             groups=f"control groups, version {info.get('CgroupVersion', '1')}",
+            swap=bool(info.get("SwapLimit", True)),
         )
 
     @classmethod

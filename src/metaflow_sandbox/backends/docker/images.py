@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 REPOSITORY = "metaflow-sandbox"
 #: Tags of images that this process has made: steps share what one of them had built anew.
 _rebuilt: set[str] = set()
+#: In the place of what is on a container of ours (`sandbox.MADE`).
+_MADE = "metaflow-sandbox-made=image"
 _SAY_SECONDS = 10.0
 _TAIL = 2000
 _SETUP = {"HOME": "/root", "TMPDIR": "/tmp", "DEBIAN_FRONTEND": "noninteractive"}
@@ -103,7 +105,8 @@ async def make(
                 await say(f"setup: {command}")
                 await _run(sandbox, ["sh", "-c", command], name)
 
-        alone = replace(recipe, files={}, install=(), prefix=None, contents="")
+        # It is no environment, so it stays where those are made anew.
+        alone = replace(recipe, files={}, install=(), prefix=None, contents="", rebuild=False)
         image = await _once(backend, image, alone, True, set_up)
     if recipe.install:
 
@@ -145,7 +148,7 @@ async def _once(
         sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
             await build(sandbox)
-            words = ["commit", "--pause=false", sandbox.id, tag]
+            words = ["commit", "--pause=false", f"--change=LABEL {_MADE}", sandbox.id, tag]
             answer = await engine.call(*words, seconds=builds.SECONDS)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")

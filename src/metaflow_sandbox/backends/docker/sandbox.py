@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 #: On every container of ours: when it was made, and its labels as they were given.
 MARK = "metaflow-sandbox"
+#: On them too, but not on what users make of images of ours, which have the labels of what they
+#: were made from.
+MADE = "metaflow-sandbox-made=container"
 #: Processes and threads that a container may have.
 PROCESSES = 2048
 _START_SECONDS = 120.0
@@ -221,7 +224,7 @@ class DockerSandbox(BoxedSandbox):
         mark = json.dumps({"created": self._began, "labels": dict(spec.labels)})
         options = [
             "--rm", "--interactive", "--pull", "never", "--name", self.id,
-            "--label", f"{MARK}={mark}",
+            "--label", f"{MARK}={mark}", "--label", MADE,
             *(f"--label={name}={value}" for name, value in spec.labels.items()),
             "--network", "none", "--hostname", "sandbox", "--ipc", "private",
             "--cgroupns", "private",  # on version 1 it would be the host's
@@ -234,9 +237,10 @@ class DockerSandbox(BoxedSandbox):
             # It would take the host's proxies along, and read the stream for keys to press.
             options += ["--http-proxy=false", "--detach-keys=", "--image-volume=ignore"]
             # It would raise these to its own defaults, for which not every root has the right.
-            soft, hard = getrlimit(RLIMIT_NOFILE)
-            options += ["--ulimit", f"nofile={soft}:{hard}"]
-            options += ["--ulimit", f"nproc={PROCESSES}:{PROCESSES}"]
+            if engine.local:
+                soft, hard = getrlimit(RLIMIT_NOFILE)
+                options += ["--ulimit", f"nofile={soft}:{hard}"]
+                options += ["--ulimit", f"nproc={PROCESSES}:{PROCESSES}"]
         else:
             # The client's configuration may have proxies, with passwords, for every container.
             names = [n for name in _PROXY_VARIABLES for n in (name, name.upper())]
