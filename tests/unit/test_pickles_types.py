@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import pickle
+import sys
 import types
 import uuid
 import zoneinfo
@@ -496,6 +497,15 @@ def test_members_of_an_enum_that_are_written_by_their_name_load():
     """As Python 3.11 and 3.12 write them."""
     data = b"\x80\x04cbuiltins\ngetattr\nc" + __name__.encode() + b"\nColor\n\x8c\x03RED\x86R."
     assert pickle.loads(data) is load_data(data, HERE) is Color.RED
+
+
+def test_a_class_of_a_flows_own_file_loads_where_that_was_imported(monkeypatch):
+    value = pickle.dumps(Color.BLUE.value, 2)[2:-1]
+    data = b"\x80\x04c__main__\nColor\n" + value + b"\x85R."
+    with pytest.raises(Refused, match="import it first, as by `from FLOW import Color`"):
+        load_data(data, ["__main__.Color"])
+    monkeypatch.setattr(sys.modules["__main__"], "Color", Color, raising=False)
+    assert load_data(data, ["__main__.Color"]) is pickle.loads(data) is Color.BLUE
 
 
 @pytest.mark.parametrize("left_out", sorted(HERE - {f"{__name__}.Outer.Inner"}))

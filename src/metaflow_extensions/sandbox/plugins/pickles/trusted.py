@@ -73,8 +73,14 @@ def _class(name: str) -> Any:
         break
     for part in inner:
         found = getattr(found, part, None)
-    if not isinstance(found, type) or f"{found.__module__}.{found.__qualname__}" != name:
-        raise Refused(f"there is no class `{name}` here", name)
+    # A class of a flow's own file has that file's name in a notebook, which imports it.
+    if (
+        not isinstance(found, type)
+        or found.__qualname__ != ".".join(inner)
+        or module not in (found.__module__, "__main__")
+    ):
+        how = f": import it first, as by `from FLOW import {inner[0]}`"
+        raise Refused(f"there is no class `{name}` here{how if module == '__main__' else ''}", name)
     return found
 
 
