@@ -60,6 +60,8 @@ FLOW = """
 def possible(point, who):
     if who == "sandbox":
         return point in _HAS_SANDBOX
+    if who == "client":
+        return point != "destroying"  # it has its exit code, and has gone
     return who not in ("agent", "step") or point == "running"
 
 

@@ -38,7 +38,7 @@ CASES = [
     ('@bubblewrap(image="python:3.12")', "skopeo copy docker://python:3.12 oci:image"),
     ('@bubblewrap(setup=["apt-get update"])', "setup can't be had from bubblewrap"),
     ('@bubblewrap(keep="always")', "keep='always': give \"on-failure\""),
-    ('@bubblewrap(network=["http://x/y"])', "Leave out scheme, port and path"),
+    ('@bubblewrap(network=["http://x/y"])', "without scheme, port and path"),
     ('@bubblewrap(network=["192.168.0.1"])', "192.168.0.1 is not on the public internet"),
     ('@bubblewrap(trust="some")', 'trust=\'some\': give "data", "all", or names of classes'),
     ('@bubblewrap(transfer="direct")', "is not there yet"),

@@ -83,8 +83,8 @@ def definition(recipe: Recipe, image: str) -> Image:
     from daytona import Image
 
     made = Image.base(image)
-    if recipe.setup:  # which is promised root; an image may have an ordinary user of its own
-        made = made.dockerfile_commands(["USER root"])
+    # An image may have an ordinary user of its own; `setup` is promised root.
+    made = made.dockerfile_commands(["USER root"])
     for command in recipe.setup:
         made = made.run_commands(f"sh -c {shlex.quote(command)}")
     return made.run_commands(f"python3 -c {shlex.quote(_CHECK)}")
