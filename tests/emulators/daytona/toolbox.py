@@ -32,7 +32,7 @@ _WORDS = {
     errno.EISDIR: ("is a directory", 400, "INVALID_FILE_PATH"),
     errno.ENOTDIR: ("not a directory", 400, "INVALID_FILE_PATH"),
     errno.EEXIST: ("not a directory", 400, "INVALID_FILE_PATH"),
-    errno.ENOSPC: ("no space left on device", 500, "FILE_READ_FAILED"),
+    errno.ENOSPC: ("no space left on device", 500, "INTERNAL_SERVER_ERROR"),
 }
 _END_TREE = """
 import os, signal, sys, time
@@ -483,7 +483,9 @@ async def _pieces(file):
 
 
 def _said(error):
-    return _WORDS.get(error.errno, (os.strerror(error.errno or 5).lower(), 500, "FILE_READ_FAILED"))
+    return _WORDS.get(
+        error.errno, (os.strerror(error.errno or 5).lower(), 500, "INTERNAL_SERVER_ERROR")
+    )
 
 
 def _head(boundary, name, path, kind, size):
