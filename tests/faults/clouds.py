@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import points
-from test_faults import wait_for
+from test_faults import possible, wait_for
 
 SIGNALS = {
     "client": ("SIGINT", "SIGTERM", "SIGKILL"),
@@ -23,13 +23,19 @@ SIGNALS = {
 MARKS = {"client": b"launch/client.py\0", "supervisor": b"\0sandbox\0supervise\0"}
 PROMISED_SECONDS = 20
 _HAS_SANDBOX = ("created", "starting", "running", "exited", "collecting")
-MATRIX = [
-    (point, who, name)
-    for point, (who, names) in itertools.product(points.POINTS, SIGNALS.items())
-    for name in names
-    if name != "eviction" or point in _HAS_SANDBOX
-    if who != "client" or point != "destroying"  # it has its exit code, and has gone
-]
+
+
+def matrix(signals):
+    """(point, who, name) of each fault that there can be."""
+    return [
+        (point, who, name)
+        for point, (who, names) in itertools.product(points.POINTS, signals.items())
+        for name in names
+        if (point in _HAS_SANDBOX if name == "eviction" else possible(point, who))
+    ]
+
+
+MATRIX = matrix(SIGNALS)
 FLOW = """
     import time
     from metaflow import FlowSpec, current, retry, sandbox, step

@@ -3,8 +3,6 @@
 A commit runs a part of it, SUITE=all the whole.
 """
 
-import itertools
-
 import clouds
 import points
 import pytest
@@ -20,13 +18,7 @@ SAMPLE = 3  # of all cases at a commit, about
 # Much, as a supervisor that loads the SDK (2 s of work) is at it to the end: on a machine with a
 # load of ten for each processor that was more than 20 s.
 PROMISED_SECONDS = 90
-_HAS_SANDBOX = ("created", "starting", "running", "exited", "collecting")
-MATRIX = [
-    (point, who, name)
-    for point, (who, names) in itertools.product(points.POINTS, SIGNALS.items())
-    for name in names
-    if who != "provider" or point in _HAS_SANDBOX
-]
+MATRIX = clouds.matrix(SIGNALS)
 #: What a connection does, and whether the step's attempt survives it.
 CONNECTIONS = {
     "a creation is throttled": (("POST /api/sandbox$", {"status": 429, "headers": {

@@ -40,8 +40,8 @@ def number(name: str) -> float:
         value = float("nan")
     if not lowest <= value <= highest:
         raise InvalidSetting(
-            f"METAFLOW_SANDBOX_{name}={text!r}: give a number of {unit}, from {lowest:,} to "
-            f"{highest:,}."
+            f"METAFLOW_SANDBOX_{name}={text!r}: give a number of {unit}, from {lowest:.10g} to "
+            f"{highest:.10g}."
         )
     return value
 
