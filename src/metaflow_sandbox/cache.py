@@ -199,9 +199,13 @@ def _flock(fd: int, how: int) -> bool:
 async def _build(base: Path, target: Path, build: Build) -> None:
     try:
         with _own(base, ".new-") as new:
-            description = await build(new)
-            await anyio.to_thread.run_sync(_seal, new, description)
-            os.rename(new, target)
+            try:
+                description = await build(new)
+                await anyio.to_thread.run_sync(_seal, new, description)
+                os.rename(new, target)
+            finally:  # what failed may be large
+                with anyio.CancelScope(shield=True):
+                    await anyio.to_thread.run_sync(_remove, new)
     except OSError as e:
         raise SandboxError(
             f"an environment can't be kept in {base}: {e.strerror or e}. `metaflow-sandbox cache "

@@ -15,7 +15,6 @@ from metaflow_extensions.sandbox.plugins.decorators import (
     SandboxException,
 )
 from metaflow_sandbox.backends.base import (
-    Backend,
     Capabilities,
     Prepared,
     Recipe,
@@ -23,6 +22,7 @@ from metaflow_sandbox.backends.base import (
 )
 from metaflow_sandbox.errors import BackendUnavailable, NotEnforceable, SandboxError
 from metaflow_sandbox.launch.request import TIMEOUT_MARGIN, InvalidParameter, Request
+from tests.unit.idle import Idle
 
 
 def a_deco(kind=SandboxDecorator, **attributes):
@@ -315,7 +315,7 @@ EVERYTHING = Capabilities(
 )  # fmt: skip
 
 
-class Theirs(Backend):
+class Theirs(Idle):
     """A backend that can what it is told, and makes nothing."""
 
     name = "theirs"
@@ -326,15 +326,6 @@ class Theirs(Backend):
 
     def limits(self):
         return self._limits
-
-    async def create(self, spec):
-        raise NotImplementedError
-
-    async def list(self, labels):
-        return []
-
-    async def destroy(self, sandbox_id):
-        pass
 
 
 ASKED = {

@@ -3,27 +3,19 @@
 import anyio
 import pytest
 
-from metaflow_sandbox.backends.base import Backend, Prepared, Recipe, unsaid
+from metaflow_sandbox.backends.base import Prepared, Recipe, unsaid
 from metaflow_sandbox.errors import SandboxError
 from metaflow_sandbox.launch.session import Session
+from tests.unit.idle import Idle
 
 
-class Keeper(Backend):
+class Keeper(Idle):
     """Prepares what is for one run alone; the image "stuck" can't be removed."""
 
     name = "keeper"
 
     def __init__(self):
         self.kept = []
-
-    async def create(self, spec):
-        raise NotImplementedError
-
-    async def list(self, labels):
-        return []
-
-    async def destroy(self, sandbox_id):
-        pass
 
     async def prepare(self, recipe, say=unsaid):
         async def discard():

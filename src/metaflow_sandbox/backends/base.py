@@ -15,6 +15,7 @@ Rules that hold for every adapter, and that `metaflow_sandbox.testing` checks:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from typing import IO, ClassVar
 
 import anyio
 
+from ..concurrency import plain_errors
 from ..errors import NotEnforceable, SandboxError
 
 #: Receives a piece of a stream; awaiting it is the back-pressure.
@@ -311,6 +313,31 @@ def refuse_latest(image: str, provider: str) -> None:
     )
 
 
+@contextlib.asynccontextmanager
+async def renewed(made: Callable[[], Sandbox | None], lifetime: float) -> AsyncIterator[None]:
+    """Keeps a sandbox alive beyond what it was made for.
+
+    Args:
+        made: the sandbox, or None while there is none.
+        lifetime: seconds that it lives on each time.
+    """
+
+    async def renew() -> None:
+        while True:
+            await anyio.sleep(lifetime / 4)
+            # Asked again before its time is over, whatever went wrong; that it is gone is
+            # found out elsewhere.
+            if (sandbox := made()) is not None:
+                with contextlib.suppress(Exception), anyio.fail_after(lifetime / 4):
+                    await sandbox.renew(lifetime)
+
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(renew)
+            yield
+            tasks.cancel_scope.cancel()
+
+
 class Sandbox(ABC):
     """One disposable machine."""
 
@@ -516,6 +543,10 @@ class Backend(ABC):
     python: str = "python3"
     #: Whether `create` binds `SandboxSpec.mounts`, so that `deliver` has nothing to do.
     binds_mounts: bool = False
+
+    def least_network(self) -> bool | None:
+        """`SandboxSpec.network` of sandboxes for our own work: none, where that can be had."""
+        return False if "none" in self.limits().network else None
 
     @property
     def environments(self) -> str:

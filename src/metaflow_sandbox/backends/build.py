@@ -40,7 +40,7 @@ def spec(backend: Backend, recipe: Recipe, files: Mapping[str, Path]) -> Sandbox
         mounts=files,
         memory=memory(backend),
         image=recipe.image,
-        network=False if "none" in backend.limits().network else None,
+        network=backend.least_network(),
         options=recipe.options,
     )
 

@@ -16,6 +16,7 @@ import signal
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -37,7 +38,7 @@ from ..admission.readers import Readers
 from ..admission.text import harmless
 from ..admission.text import message as plain
 from ..agent.frames import Frame, FrameDecoder
-from ..backends.base import Backend, Sandbox, SandboxSpec
+from ..backends.base import Backend, Sandbox, SandboxSpec, renewed
 from ..concurrency import blocking, plain_errors, write_all
 from ..errors import NO_PLACE, ConnectionLost, ProtocolError, Rejected, SandboxError
 from ..manage import ownership
@@ -59,7 +60,6 @@ _PLACE_SECONDS = 1800.0  # that others of an account are waited for
 _ACKNOWLEDGE_SECONDS = 0.2
 _ACKNOWLEDGE_BYTES = 1 << 20  # a segment of the spool
 _COLLECT_SECONDS = 1800.0
-_RESULTS = 1 << 20  # MB, where no limit was set
 _TAIL = 4096
 _MISSING_MODULE = re.compile(r"No module named '([A-Za-z_][\w.]{0,100})'")
 # Exit codes to which Metaflow's scheduler gives a meaning that a step may not choose.
@@ -277,7 +277,7 @@ class Attempt:
         memory, disk = request.memory, request.disk
         if not self.backend.hosted:
             memory = memory or int(number("MEMORY")) or None
-            disk = disk or int(number("DISK")) or None
+            disk = disk or int(number("DISK"))
         whole = request.deadline + _LIFETIME_MARGIN
         return SandboxSpec(
             labels={
@@ -334,26 +334,11 @@ class Attempt:
         )
         return await attempts(self._made.upload, mounts)
 
-    @contextlib.asynccontextmanager
-    async def _renewed(self) -> AsyncIterator[None]:
-        """Keeps the sandbox alive, from when there is one, beyond what it was made for."""
-        lifetime = self._lifetime()
-
-        async def renew() -> None:
-            while True:
-                await anyio.sleep(lifetime / 4)
-                # Asked again before its time is over, whatever went wrong; that it is gone is
-                # found out elsewhere.
-                if self._sandbox is not None:
-                    with contextlib.suppress(Exception), anyio.fail_after(lifetime / 4):
-                        await self._sandbox.renew(lifetime)
-
-        with plain_errors():
-            async with anyio.create_task_group() as tasks:
-                if self.backend.longest_lifetime is not None:
-                    tasks.start_soon(renew)
-                yield
-                tasks.cancel_scope.cancel()
+    def _renewed(self) -> AbstractAsyncContextManager[None]:
+        """Keeps the sandbox alive, from when there is one, where its time is bounded."""
+        if self.backend.longest_lifetime is None:
+            return contextlib.nullcontext()
+        return renewed(lambda: self._sandbox, self._lifetime())
 
     def _lifetime(self) -> float:
         """Seconds that the sandbox is made for."""
@@ -558,7 +543,7 @@ class Attempt:
     ) -> results.Results:
         await blocking(partial(shutil.rmtree, target, ignore_errors=True))
         target.mkdir(mode=0o700)  # noqa: ASYNC240 - microseconds
-        disk = self.request.disk or int(number("DISK")) or _RESULTS
+        disk = self.request.disk or int(number("DISK"))
         seconds = max(60.0, min(self.request.deadline, _COLLECT_SECONDS))
         async with _timed(self.timings, "collect"):
             try:

@@ -171,16 +171,16 @@ class Session:
             labels={"purpose": "look"},
             lifetime=_LOOK_SECONDS,
             image=prepared.image,
-            network=False if "none" in backend.limits().network else None,
+            network=backend.least_network(),
             options=plain.options,
             python=executable,
         )
         try:
             sandbox = await backend.create(spec)
         except NotEnforceable:
-            if spec.network is None:
+            if backend.least_network() == spec.network:
                 raise
-            sandbox = await backend.create(replace(spec, network=None))
+            sandbox = await backend.create(replace(spec, network=backend.least_network()))
         try:
             done = await sandbox.run([python, "-I", "-S", "-c", _LOOK], timeout=_LOOK_SECONDS)
         finally:

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from ..base import (
     SandboxSpec,
     Say,
     refuse_latest,
+    renewed,
     unsaid,
 )
 from . import client, faults, network, snapshots
@@ -237,12 +238,12 @@ class Daytona(Backend):
             spec = SandboxSpec(
                 {"metaflow-purpose": "prepare"},
                 lifetime=_BUILDER_SECONDS,
-                network=False if "none" in self.limits().network else None,
+                network=self.least_network(),
             )
             try:
                 sandbox = await self._make(spec, base, builder)
             except NotEnforceable:
-                if spec.network is None:
+                if self.least_network() == spec.network:
                     raise
                 continue  # the tier is known now
             except SandboxError as e:
@@ -250,14 +251,18 @@ class Daytona(Backend):
                     raise
                 await self._ended(sdk, builder, say)
                 continue
-            try:
-                async with _renewed(sandbox):
-                    await snapshots.install(sandbox, recipe, say)
-                    await sandbox.renew(_BUILDER_SECONDS)
-                    await sandbox.capture(name, snapshots.BUILD_SECONDS)
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await sandbox.destroy()
+            await self._install_in(sandbox, name, recipe, say)
+
+    @staticmethod
+    async def _install_in(sandbox: DaytonaSandbox, name: str, recipe: Recipe, say: Say) -> None:
+        try:
+            async with renewed(lambda: sandbox, _BUILDER_SECONDS):
+                await snapshots.install(sandbox, recipe, say)
+                await sandbox.renew(_BUILDER_SECONDS)
+                await sandbox.capture(name, snapshots.BUILD_SECONDS)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await sandbox.destroy()
 
     async def _ended(self, sdk: AsyncDaytona, name: str, say: Say) -> None:
         """Waits until another launcher's sandbox is gone, or about to be."""
@@ -474,23 +479,6 @@ class Daytona(Backend):
             return await client.call(op, make, seconds=seconds, again=True)
         except Exception as e:
             raise faults.explain(e, op, client.url()) from e
-
-
-@contextlib.asynccontextmanager
-async def _renewed(sandbox: DaytonaSandbox) -> AsyncIterator[None]:
-    """Keeps a sandbox alive in which something is built."""
-
-    async def renew() -> None:
-        while True:
-            await anyio.sleep(_BUILDER_SECONDS / 4)
-            with contextlib.suppress(Exception):
-                await sandbox.renew(_BUILDER_SECONDS)
-
-    with plain_errors():
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(renew)
-            yield
-            tasks.cancel_scope.cancel()
 
 
 def _seconds(created: str | None) -> float | None:

@@ -118,9 +118,7 @@ async def make(
                 try:
                     await builds.install(sandbox, recipe)
                 except builds.BuildFailed as e:
-                    if "no space left on device" not in str(e).lower():
-                        raise
-                    raise builds.BuildFailed(f"{e}\n{NO_SPACE}", op="prepare") from None
+                    raise builds.BuildFailed(_with_remedy(str(e)), op="prepare") from None
             await _run(sandbox, ["rm", "-rf", "--", *files], name)
 
         image = await _once(backend, image, replace(recipe, setup=()), False, install)
@@ -169,6 +167,11 @@ async def discard(engine: Engine, image: dict[str, Any]) -> None:
     await engine.call("rmi", "--force", image["Id"])
 
 
+def _with_remedy(said: str) -> str:
+    """What a build said. It has no disk of its own, but the engine's."""
+    return f"{said}\n{NO_SPACE}" if "no space left on device" in said.lower() else said
+
+
 async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
     tail = bytearray()
 
@@ -189,9 +192,7 @@ async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
         ) from None
     if code != 0:
         text = tail.decode(errors="replace").strip()
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-        if "no space left on device" in text.lower():  # there it has no disk of its own
-            text += f"\n{NO_SPACE}"
+        text = _with_remedy("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
         raise BadImage(
             f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. "
             f"It ran as root; setup has the internet through an HTTP proxy alone.\n{text}",
