@@ -1,5 +1,6 @@
 """Images that a recipe asks for are made once, whoever asks, and hold what was installed."""
 
+import uuid
 from dataclasses import replace
 
 import anyio
@@ -20,6 +21,8 @@ def anyio_backend():
 @pytest.fixture
 def recipe(docker, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Other processes of these tests have the same engine.
+    monkeypatch.setattr(images, "REPOSITORY", f"metaflow-sandbox-{uuid.uuid4().hex[:12]}")
     (tmp_path / "wheels/sub").mkdir(parents=True)
     (tmp_path / "wheels/a").write_bytes(b"first")
     (tmp_path / "wheels/sub/b").write_bytes(bytes(3 << 20))
@@ -28,7 +31,7 @@ def recipe(docker, tmp_path, monkeypatch):
         engines.IMAGE, ("echo set up >> /opt/setup",), {"/wheels": tmp_path / "wheels"}, install,
         "/env",
     )  # fmt: skip
-    docker.docker("rmi", "--force", *made(docker))
+    docker.docker("rmi", "--force", *made(docker, "{{.Repository}}:{{.Tag}}"))
 
 
 async def test_an_installation_is_in_the_image_and_its_files_are_not(recipe):
@@ -60,12 +63,12 @@ async def test_who_asks_at_the_same_time_waits_and_gets_the_same(recipe, docker)
     other = replace(recipe, install=(*recipe.install[:2], "mkdir /env && echo other > /env/a"))
     assert (await Docker().prepare(other)).image not in found
     # What `setup` gave was there already.
-    assert len(docker.docker("images", "--quiet", "metaflow-sandbox").stdout.split()) == 3
+    assert len(made(docker)) == 3
 
 
-def made(docker):
+def made(docker, what="{{.ID}}"):
     """The images that recipes have made, without those that lost their name."""
-    return docker.docker("images", "--quiet", "metaflow-sandbox").stdout.split()
+    return docker.docker("images", "--format", what, images.REPOSITORY).stdout.split()
 
 
 async def test_what_serves_one_run_alone_is_removed_after_it(recipe, docker):
