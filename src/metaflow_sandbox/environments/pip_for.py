@@ -10,6 +10,7 @@ what it looked at need, as {"name==version": [requirement]}.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -74,8 +75,8 @@ def _read_sources(sources: str) -> None:
 
 
 def main(markers: dict[str, str], sources: str | None, words: list[str]) -> None:
-    import pip._vendor.packaging.markers as module
-
+    # Its types differ from one pip to the next.
+    module: Any = importlib.import_module("pip._vendor.packaging.markers")
     original = module.default_environment
     module.default_environment = lambda: {**original(), **markers}
     # Looked up now, by programs that are this machine's own.
