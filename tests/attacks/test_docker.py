@@ -19,7 +19,7 @@ import probes
 import pytest
 import test_isolation
 
-from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox.backends.base import Recipe, SandboxSpec
 from metaflow_sandbox.backends.docker import Docker
 from metaflow_sandbox.errors import SandboxGone
 
@@ -236,6 +236,13 @@ async def test_a_volume_of_an_image_is_no_way_to_the_engines_disk(docker):
     docker.docker("run", "--name", "volume", "--network", "none", "debian-python:3.11", "true")
     docker.docker("commit", "--change", "VOLUME /data", "volume", with_volume)
     docker.docker("rm", "volume")
+    said = []
+
+    async def say(line):
+        said.append(line)
+
+    await Docker().prepare(Recipe(with_volume), say)
+    assert said == [f"the volumes of the image {with_volume} begin empty in each step: /data"]
     sandbox = await Docker().create(SandboxSpec(disk=64, image=with_volume, network=False))
     try:
         said = await python(

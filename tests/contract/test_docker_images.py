@@ -68,7 +68,7 @@ async def test_who_asks_at_the_same_time_waits_and_gets_the_same(recipe, docker)
 
 def made(docker, what="{{.ID}}"):
     """The images that recipes have made, without those that lost their name."""
-    return docker.docker("images", "--format", what, images.REPOSITORY).stdout.split()
+    return sorted(docker.docker("images", "--format", what, images.REPOSITORY).stdout.split())
 
 
 async def test_what_serves_one_run_alone_is_removed_after_it(recipe, docker):
@@ -85,11 +85,10 @@ async def test_what_serves_one_run_alone_is_removed_after_it(recipe, docker):
     assert made(docker) == before
 
 
-async def test_what_is_made_anew_takes_the_place_of_what_was_there(recipe, docker, monkeypatch):
-    monkeypatch.setattr(images, "_rebuilt", set())
+async def test_what_is_made_anew_takes_the_place_of_what_was_there(recipe, docker):
     first = await Docker().prepare(recipe)
-    monkeypatch.setattr(images, "_rebuilt", set())  # as for another run
-    again = [(await Docker().prepare(replace(recipe, rebuild=True))).image for _ in range(2)]
+    run = Docker()
+    again = [(await run.prepare(replace(recipe, rebuild=True))).image for _ in range(2)]
     assert again[0] == again[1] != first.image
     assert (await Docker().prepare(recipe)).image == again[0]
     assert len(made(docker)) == 2

@@ -271,6 +271,11 @@ def test_a_setup_that_fails_shows_what_it_said(project, small):
     assert "what it said" in output
 
 
+def test_a_disk_that_no_driver_limits_is_refused_with_a_root_that_can_be_written(project):
+    output = refused(project, '@docker(root="writable", disk=2048)')
+    assert "disk= can't be held together with root" in output
+
+
 def test_a_runtime_that_is_not_there_is_refused(project):
     output = refused(project, '@docker(runtime="runsc")')
     assert "docker info" in output

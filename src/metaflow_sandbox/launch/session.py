@@ -59,6 +59,7 @@ class Session:
         (self.workspace.path / "supervisor.options").write_text(options)
         self.package: tuple[str, str, str] | None = None
         self.backends: dict[str, str] = {}
+        self._loaded: dict[str, Backend] = {}
         self._preflights: dict[str, Preflight] = {}
         self._said: set[str] = set()
         self._log: Callable[..., None] = lambda *_, **__: None
@@ -202,12 +203,12 @@ class Session:
 
     def _choose(self, request: Request) -> tuple[Backend, Preflight]:
         if request.backend:
-            backend = registry.load(request.backend)
+            backend = self._load(request.backend)
             return backend, self._preflight(backend)
         problems = []
         for name in registry.local_order():
             try:
-                backend = registry.load(name)
+                backend = self._load(name)
                 return backend, self._preflight(backend)
             except BackendUnavailable as e:
                 problems.append(f"{name}: {e}")
@@ -216,6 +217,12 @@ class Session:
             + "\n".join(problems),
             op="preflight",
         )
+
+    def _load(self, name: str) -> Backend:
+        """The one instance of a run, which knows what it has made for it."""
+        if name not in self._loaded:
+            self._loaded[name] = registry.load(name)
+        return self._loaded[name]
 
     def _preflight(self, backend: Backend) -> Preflight:
         if backend.name not in self._preflights:
@@ -258,7 +265,7 @@ class Session:
             with contextlib.suppress(SandboxError, OSError):
                 anyio.run(discard)
         for name in set(self.backends.values()):
-            registry.load(name).sweep()
+            self._load(name).sweep()
 
 
 async def _until_ended(prepare: Callable[[], Awaitable[T]]) -> T:

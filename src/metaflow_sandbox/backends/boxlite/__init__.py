@@ -58,6 +58,8 @@ class Boxlite(Backend):
     def __init__(self) -> None:
         #: The thread in which the proxies of this process's sandboxes run.
         self.portals = BlockingPortalProvider()
+        #: Layouts that were made anew: steps share what one of them asked for.
+        self.rebuilt: set[Path] = set()
 
     def provider(self) -> str:
         """boxlite, with its version."""

@@ -33,8 +33,6 @@ from .sandbox import BoxliteSandbox
 if TYPE_CHECKING:
     from . import Boxlite
 
-#: What this process has made: steps share what one of them had built anew.
-_rebuilt: set[Path] = set()
 _OCI = "application/vnd.oci.image"
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 _DISK = 16384
@@ -250,10 +248,10 @@ async def prepare(backend: Boxlite, recipe: Recipe, base: Path, say: Say) -> Pat
     more = (digest_of(base), backend.provider(), *filter(None, (recipe.once,)))
     key = await anyio.to_thread.run_sync(recipe.key, *more)
     async with alone(f"prepared/{key}") as target:
-        if not target.is_dir() or (recipe.rebuild and target not in _rebuilt):
+        if not target.is_dir() or (recipe.rebuild and target not in backend.rebuilt):
             await say("preparing the image: this is done once")
             await _make(backend, recipe, base, target, say)
-            _rebuilt.add(target)
+            backend.rebuilt.add(target)
     return target
 
 

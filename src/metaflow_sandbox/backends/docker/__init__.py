@@ -73,8 +73,10 @@ class Docker(Backend):
     def __init__(self) -> None:
         #: The thread in which the connections to this process's containers are served.
         self.portals = BlockingPortalProvider()
+        #: Tags of images that were made anew: steps share what one of them asked for.
+        self.rebuilt: set[str] = set()
         self._images: dict[str, dict[str, Any]] = {}
-        self._sizes = True  # until the storage driver says that it can't
+        self._may_size = True  # until the storage driver says that it can't
 
     @cached_property
     def engine(self) -> Engine:
@@ -99,6 +101,11 @@ class Docker(Backend):
             memory=engine.memory,
             gpu="nvidia" in (engine.runtimes or ()),
         )
+
+    @property
+    def _sizes(self) -> bool:
+        """Whether the storage driver limits a container's root."""
+        return self.engine.sizes and self._may_size
 
     async def preflight(self) -> Preflight:
         engine = await anyio.to_thread.run_sync(lambda: self.engine)
@@ -130,6 +137,16 @@ class Docker(Backend):
         name = recipe.image or default_image()
         image = await images.get(engine, name, say)
         await self._try(name, image, recipe)
+        if not self._sizes:
+            if recipe.disk is not None and recipe.options.get("root"):
+                raise NotEnforceable(
+                    'disk= can\'t be held together with root="writable" on this engine, whose '
+                    "storage driver doesn't limit what a container writes: leave one of them out.",
+                    op="prepare",
+                )
+            if volumes := engine.volumes(image):
+                names = ", ".join(volumes)
+                await say(f"the volumes of the image {name} begin empty in each step: {names}")
         if not recipe.plain:
             image = await images.make(self, name, image, recipe, say)
         self._images[image["Id"]] = image
@@ -161,13 +178,13 @@ class Docker(Backend):
         if spec.network is None:
             spec = replace(spec, network=True)
         image = await self._image(engine, spec.image or default_image())
-        if engine.sizes and self._sizes:
+        if self._sizes:
             try:
                 return await self._start(spec, image, sized=True)
             except SandboxError as e:
                 if "storage-opt" not in str(e):
                     raise
-                self._sizes = False  # such as overlay2 on XFS without project quotas
+                self._may_size = False  # such as overlay2 on XFS without project quotas
         return await self._start(spec, image, writable=root is not None)
 
     async def _start(

@@ -77,6 +77,10 @@ class Engine:
     def name(self) -> str:
         return f"{'Podman' if self.podman else 'Docker'} {self.version}"
 
+    def volumes(self, image: dict[str, Any]) -> list[str]:
+        """Where an image would have directories on the engine's disk."""
+        return [] if self.podman else sorted(image.get("Config", {}).get("Volumes") or {})
+
     @classmethod
     def ask(cls) -> Engine:
         """Has the engine describe itself. Blocks.

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 #: What images of ours are called, with `Recipe.key` as their tag.
 REPOSITORY = "metaflow-sandbox"
-#: Tags of images that this process has made: steps share what one of them had built anew.
-_rebuilt: set[str] = set()
 #: In the place of what is on a container of ours (`sandbox.MADE`).
 _MADE = "metaflow-sandbox-made=image"
 _SAY_SECONDS = 10.0
@@ -141,7 +139,7 @@ async def _once(
     with open(locks / f"{key}.lock", "w") as lock:  # noqa: ASYNC230 - a file of this machine
         await alone(lock.fileno())
         made = before = await engine.image(tag)
-        if made is not None and (not recipe.rebuild or tag in _rebuilt):
+        if made is not None and (not recipe.rebuild or tag in backend.rebuilt):
             return made
         sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
@@ -150,7 +148,7 @@ async def _once(
             answer = await engine.call(*words, seconds=builds.SECONDS)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")
-            _rebuilt.add(tag)
+            backend.rebuilt.add(tag)
             if before is not None:
                 await engine.call("rmi", before["Id"])  # unless it is in use
         finally:

@@ -276,7 +276,7 @@ class DockerSandbox(BoxedSandbox):
             return options
         shares = {self.backend.work: size // 4 * 3, "/tmp": size // 8}
         # A volume that an image declares would be a directory on the engine's disk.
-        volumes = [] if self._engine.podman else self._image.get("Config", {}).get("Volumes") or {}
+        volumes = self._engine.volumes(self._image)
         shares.update({volume: size // 8 for volume in volumes if volume not in shares})
         for path, share in shares.items():
             mode = "0755" if path == self.backend.work else "1777"
