@@ -187,7 +187,7 @@ async def measure():
         sandbox = await backend.create(SandboxSpec(network=network, disk=64))
         try:
             device = ["tap0"] if sandbox.way.route else []
-            assert sandbox.way.route == (where == "route"), sandbox.way
+            assert sandbox.way.route == (where == "route"), (sandbox.way, sandbox.routeless)
             done = await sandbox.run([backend.python, *arguments(*device)])
             assert done.exit_code == 0, done.stderr
             found[where] = json.loads(done.stdout)

@@ -13,6 +13,7 @@ from remote_like import RemoteLike
 
 from metaflow_sandbox.backends.base import SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap, limits, network
+from metaflow_sandbox.backends.bubblewrap.program import mapped
 from metaflow_sandbox.errors import SandboxError, SandboxGone
 from metaflow_sandbox.testing import BackendContract
 
@@ -158,6 +159,12 @@ def test_what_can_not_be_kept_whole_is_said_and_fills_no_disk(script, said, monk
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
+async def remarks(backend):
+    sandbox = await backend.create(SandboxSpec(disk=64, network=True))
+    await sandbox.destroy()
+    return sandbox.remarks()
+
+
 def test_a_means_that_does_not_serve_gives_way_to_the_next(monkeypatch, tmp_path):
     """systemd and slirp4netns are there and refuse: the sandbox is held by other means."""
     for name in ("systemd-run", "slirp4netns"):
@@ -169,8 +176,33 @@ def test_a_means_that_does_not_serve_gives_way_to_the_next(monkeypatch, tmp_path
     backend.has_route = True
     backend.means = limits.Scope(str(tmp_path / "systemd-run"), frozenset({"memory"}))
     notes = anyio.run(backend.preflight).notes
+    assert anyio.run(remarks, backend) == [
+        "network: by the HTTP(S) proxy alone, since slirp4netns did not start: no"
+    ]
     assert any("looking ten times a second" in note for note in notes)
     assert any("through an HTTP(S) proxy" in note for note in notes)
+
+
+def test_nothing_enters_a_namespace_before_it_has_users():
+    """Bubblewrap tells of its child earlier: what enters then has no rights, and a sandbox
+    would lose its route."""
+    process = subprocess.Popen(["unshare", "--user", "cat"], stdin=subprocess.PIPE)
+    users = Path(f"/proc/{process.pid}/uid_map")
+    own = os.readlink("/proc/self/ns/user")
+    while os.readlink(f"/proc/{process.pid}/ns/user") == own:
+        time.sleep(0.01)
+
+    async def attack():
+        with anyio.move_on_after(0.2):
+            await mapped(process.pid)
+            raise AssertionError("it has no users yet")
+        users.write_text(f"0 {os.getuid()} 1")
+        await mapped(process.pid)
+
+    anyio.run(attack)
+    process.communicate()
+    with pytest.raises((ProcessLookupError, FileNotFoundError)):
+        anyio.run(mapped, process.pid)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can take a mount from others")

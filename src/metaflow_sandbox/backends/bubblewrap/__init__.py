@@ -196,12 +196,17 @@ class Bubblewrap(Backend):
         self.refuse(spec)
         if spec.network is None:
             spec = replace(spec, network=True)
-        problems = []
+        problems, routeless = [], ""
         for way in self._ways(spec):
             try:
-                return await BubblewrapSandbox.start(self, way, spec, writable)
+                sandbox = await BubblewrapSandbox.start(self, way, spec, writable)
             except BackendUnavailable as e:
                 problems.append(f"{way.program}: {e}")
+                if way.route:
+                    routeless = f"network: by the HTTP(S) proxy alone, since {e}"
+                continue
+            sandbox.routeless = "" if way.route else routeless
+            return sandbox
         if problems:
             text = "\n".join(dict.fromkeys(problems))
             raise BackendUnavailable(

@@ -24,6 +24,7 @@ from anyio.from_thread import BlockingPortalProvider
 from ...egress.rules import Rules
 from ...errors import BackendUnavailable
 from . import userns
+from .program import mapped
 
 if TYPE_CHECKING:
     from ...egress.proxy import Proxy
@@ -105,6 +106,7 @@ class Route:
         Raises:
             BackendUnavailable: one of them can't be had; the sandbox must not start.
         """
+        await mapped(init)
         with contextlib.ExitStack() as opened:
 
             def keep(fd: int) -> int:

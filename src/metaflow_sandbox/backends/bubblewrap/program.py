@@ -10,7 +10,11 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
+
 from . import userns
+
+_LOOK_SECONDS = 0.002
 
 
 def candidates() -> Iterator[str]:
@@ -163,3 +167,18 @@ def alive(process: int) -> bool:
 def _status(process: str) -> dict[str, str]:
     lines = Path("/proc", process, "status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (x.partition(":") for x in lines)}
+
+
+async def mapped(process: int) -> None:
+    """Waits until a process's user namespace has users.
+
+    Bubblewrap tells of its child before that has written the map; until then whatever enters
+    the namespace loses its rights when it starts a program.
+
+    Raises:
+        ProcessLookupError: it has ended before.
+    """
+    while not Path(f"/proc/{process}/uid_map").read_text():
+        if not alive(process):
+            raise ProcessLookupError(process)
+        await anyio.sleep(_LOOK_SECONDS)

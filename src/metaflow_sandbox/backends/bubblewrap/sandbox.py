@@ -88,6 +88,8 @@ class BubblewrapSandbox(BoxedSandbox):
         self._passed: str | None = None  # which limit the box's watcher saw passed
         self._ended = False
         self._info_text = b""
+        #: Why it has the proxy alone, where this machine should give it more.
+        self.routeless = ""
 
     @classmethod
     async def start(
@@ -465,7 +467,8 @@ class BubblewrapSandbox(BoxedSandbox):
 
     def remarks(self) -> list[str]:
         found = self._gate.refusals() if self._gate is not None else {}
-        return [f"network: {target} was refused: {reason}" for target, reason in found.items()]
+        refused = [f"network: {target} was refused: {reason}" for target, reason in found.items()]
+        return ([self.routeless] if self.routeless else []) + refused
 
     async def destroy(self) -> None:
         if self._ended:
