@@ -196,8 +196,6 @@ def show(backends: tuple[str, ...], labels: Mapping[str, str], as_json: bool) ->
         rows += [(f.backend, f.info.id, _age(f.info.created), f.pathspec) for f in found]
         _table(rows)
     _report(problems, backends)
-    if set(problems) & set(backends):
-        sys.exit(1)
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -211,9 +209,7 @@ def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, st
     """Ends the sandboxes with these ids."""
     found, problems = anyio.run(manage.find, backends or registry.names(), labels)
     known = {f.info.id: f for f in found}
-    for sandbox_id in ids:
-        if sandbox_id in known:
-            _destroy(known[sandbox_id])
+    _destroy([known[sandbox_id] for sandbox_id in ids if sandbox_id in known])
     _report(problems, backends)
     if missing := [i for i in ids if i not in known]:
         raise click.ClickException(f"there is no sandbox {', '.join(missing)}")
@@ -222,11 +218,11 @@ def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, st
 def collect(backends: tuple[str, ...], labels: Mapping[str, str], dry_run: bool) -> None:
     """Ends the sandboxes that nobody wants, or says which."""
     found, problems = anyio.run(manage.orphans, backends or registry.names(), labels)
-    for item in found:
-        if dry_run:
+    if dry_run:
+        for item in found:
             click.echo(f"would end {item.backend} {item.info.id} ({item.pathspec})")
-        else:
-            _destroy(item)
+    else:
+        _destroy(found)
     _report(problems, backends)
 
 
@@ -244,19 +240,28 @@ def enter(backend: str, name: str, command: tuple[str, ...]) -> None:
     sys.exit(code)
 
 
-def _destroy(found: manage.Found) -> None:
-    try:
-        anyio.run(manage.destroy, found)
-    except SandboxError as e:
-        raise click.ClickException(str(e)) from None
-    click.echo(f"ended {found.backend} {found.info.id} ({found.pathspec})")
+def _destroy(found: Sequence[manage.Found]) -> None:
+    """Ends sandboxes; one that can't be ended keeps no other alive."""
+    failed = []
+    for item in found:
+        what = f"{item.backend} {item.info.id} ({item.pathspec})"
+        try:
+            anyio.run(manage.destroy, item)
+            click.echo(f"ended {what}")
+        except SandboxError as e:
+            failed.append(f"{what} lives on: {e}")
+    if failed:
+        raise click.ClickException("\n".join(failed))
 
 
 def _report(problems: Mapping[str, SandboxError], named: tuple[str, ...]) -> None:
+    """Says which backends could not be asked. Exits with 1 if one of them was named."""
     for name, problem in problems.items():
         if problem.code == NOT_SET_UP and name not in named:
             continue  # whoever doesn't use it has nothing there
         click.echo(f"{name} could not be asked: {problem}", err=True)
+    if set(problems) & set(named):
+        sys.exit(1)
 
 
 def _age(created: float | None) -> str:

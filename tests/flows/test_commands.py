@@ -8,9 +8,13 @@ from pathlib import Path
 
 import anyio
 import pytest
+from click.testing import CliRunner
 
-from metaflow_sandbox.backends.base import SandboxSpec
+from metaflow_sandbox import cli, manage
+from metaflow_sandbox.backends.base import SandboxInfo, SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap
+from metaflow_sandbox.errors import SandboxError
+from metaflow_sandbox.manage import Found
 
 COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
 FLOW = """
@@ -118,6 +122,26 @@ def test_what_nobody_wants_is_collected(project, command, monkeypatch):
                 await sandbox.destroy()
 
     anyio.run(leave_and_collect)
+
+
+def test_one_that_can_not_be_ended_keeps_no_other_alive(monkeypatch):
+    found = [Found("cloud", SandboxInfo(name, {}, None)) for name in ("first", "stuck", "last")]
+    ended = []
+
+    async def orphans(*_):
+        return found, {}
+
+    async def destroy(item):
+        if item.info.id == "stuck":
+            raise SandboxError("not now", op="destroy")
+        ended.append(item.info.id)
+
+    monkeypatch.setattr(manage, "orphans", orphans)
+    monkeypatch.setattr(manage, "destroy", destroy)
+    done = CliRunner().invoke(cli.main, ["gc"])
+    assert done.exit_code == 1
+    assert ended == ["first", "last"]
+    assert "stuck" in done.output and "lives on: not now" in done.output
 
 
 def test_an_id_that_is_not_there_is_said(command):
@@ -258,4 +282,7 @@ def test_a_backend_whose_sdk_is_not_installed_keeps_nobody_from_the_others(proje
     assert "bubblewrap: works" in examined.stdout
     for name in ("daytona", "e2b", "boxlite"):
         assert f'pip install "metaflow-sandbox[{name}]"' in examined.stdout
-    assert command("list", "--backend", "daytona", env=env).returncode == 1
+    for argv in (["list"], ["gc"], ["kill", "some-id"]):
+        named = command(*argv, "--backend", "daytona", env=env)
+        assert named.returncode == 1
+        assert "daytona could not be asked" in named.stderr
