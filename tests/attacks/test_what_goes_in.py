@@ -174,6 +174,7 @@ class Host:
             "AWS_SESSION_TOKEN": self.canary("aws-session"),
             "E2B_API_KEY": self.canary("e2b-key"),
             "DAYTONA_API_KEY": self.canary("daytona-key"),
+            **self.uv_password(),
             "ANOTHER": self.canary("other-env"),
             "PLANT_OTHER": self.canary("other-environment"),
             "PLANT_UNUSED": self.canary("unused"),
@@ -182,6 +183,13 @@ class Host:
             "PYTHONPATH": f"{project.environment['PYTHONPATH']}:{self.outside / 'path'}",
             "CAPTURE": str(self.capture),
             "METAFLOW_SANDBOX_BACKEND": "bubblewrap",
+        }
+
+    def uv_password(self):
+        """For the index of `UV_PROJECT`."""
+        return {
+            "UV_INDEX_OURS_USERNAME": "user",
+            "UV_INDEX_OURS_PASSWORD": self.canary("uv-password"),
         }
 
     def canary(self, name):
@@ -407,7 +415,8 @@ def test_what_metaflow_makes_environments_from_stays_outside(host, kind):
     """It packs the lock, in which addresses of indexes and channels have passwords."""
     host.project.write("looking.py", LOOKING)
     host.project.write("flow.py", GIVEN % ("@conda_base(disabled=True)" if kind == "conda" else ""))
-    env = {"PATH": f"{Path(sys.executable).parent}:{host.project.environment['PATH']}"}
+    path = f"{Path(sys.executable).parent}:{host.project.environment['PATH']}"
+    env = {"PATH": path, **host.uv_password()}
     host.project.run(
         "flow.py", f"--environment={kind}", "run", "--with", "bubblewrap", env=env
     ).ok()

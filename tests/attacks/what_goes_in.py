@@ -164,6 +164,7 @@ STAYS_OUT = {
     "other-environment": "a value of another step's `@environment`",
     "other-env": "a variable that another step's `env=[…]` names",
     "uv-index": "a password of an index, in `pyproject.toml` and `uv.lock` of `--environment=uv`",
+    "uv-password": "`UV_INDEX_NAME_PASSWORD`",
     "conda-channel": "a password of a channel, in the lock of `--environment=conda` and `=pypi`",
     "dotenv": "`.env` beside the flow",
     "hidden-file": "`.hidden.py` beside the flow",

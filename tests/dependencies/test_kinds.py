@@ -1,5 +1,6 @@
 """Every way to name packages, with every kind of step beside it."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -11,11 +12,15 @@ import threading
 import zipfile
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import channel
 import images
 import pytest
+from metaflow.plugins.uv.uv_environment import UVEnvironment
 from test_environments import COMMAND, a_step, answer
+
+from metaflow_sandbox.environments import uv
 
 WHICH = "import tomli, sys; self.found = [tomli.__file__, sys.executable, sys.version.split()[0]]"
 INSIDE = "/inbox/environments/"
@@ -209,9 +214,73 @@ dependencies = [
 [dependency-groups]
 dev = ["iniconfig"]
 [[tool.uv.index]]
+name = "our-own"
 url = "{index}"
 default = true
 """
+UV_FLOW = """
+import sys
+from metaflow import FlowSpec, bubblewrap, step
+
+class Deps(FlowSpec):
+    @bubblewrap(network=False)
+    @step
+    def start(self):
+        import importlib.util, pydash, tomli
+        names = ("iniconfig", "colorama", "anyio")
+        there = [importlib.util.find_spec(name) is not None for name in names]
+        self.found = [tomli.__file__, sys.executable, there]
+        self.next(self.end)
+
+    @step
+    def end(self):
+        pass
+
+if __name__ == "__main__":
+    Deps()
+"""
+USER, PASSWORD = "tester", "a pass/word@"
+
+
+class Asking(http.server.SimpleHTTPRequestHandler):
+    """Files for who says who they are."""
+
+    def send_head(self):
+        key = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+        if self.headers.get("Authorization") == f"Basic {key}":
+            return super().send_head()
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="tests"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+def in_address(index):
+    return index.replace("//", f"//{USER}:{quote(PASSWORD, '')}@")
+
+
+#: How one tells uv the password, as variables, of which NETRC is a file's text.
+PASSWORDS = {
+    "by the name of the index": lambda index: {
+        "UV_INDEX_OUR_OWN_USERNAME": USER,
+        "UV_INDEX_OUR_OWN_PASSWORD": PASSWORD,
+    },
+    "in UV_DEFAULT_INDEX": lambda index: {"UV_DEFAULT_INDEX": in_address(index)},
+    "in UV_INDEX_URL": lambda index: {"UV_INDEX_URL": in_address(index)},
+    "in UV_EXTRA_INDEX_URL": lambda index: {"UV_EXTRA_INDEX_URL": in_address(index)},
+    "by the name that UV_INDEX gives": lambda index: {
+        "UV_INDEX": f"theirs={index}",
+        "UV_INDEX_THEIRS_USERNAME": USER,
+        "UV_INDEX_THEIRS_PASSWORD": PASSWORD,
+    },
+    "in netrc": lambda index: {
+        "NETRC": f'machine 127.0.0.1 login {USER} password "{PASSWORD}"',
+    },
+}
 
 
 @pytest.fixture
@@ -227,41 +296,55 @@ def index(packages, conda):
         digest = hashlib.sha256(content).hexdigest()
         with open(directory / "index.html", "a") as page:
             page.write(f'<a href="{wheel.name}#sha256={digest}">{wheel.name}</a>\n')
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=root)
+    handler = partial(Asking, directory=root)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
 
-def test_the_packages_of_uv_lock_without_the_development_ones(project, packages, index):
+def lock(project, packages, index):
+    """Writes a project and its uv.lock. Returns the variables for its flow."""
     project.write("pyproject.toml", UV.format(index=index))
     uv = Path(sys.prefix, "bin/uv")
     env = {**project.environment, "UV_CACHE_DIR": str(packages.cache / "uv")}
+    env["UV_DEFAULT_INDEX"] = in_address(index)
     subprocess.run([uv, "lock"], cwd=project.directory, env=env, check=True)
-    script = """
-    import sys
-    from metaflow import FlowSpec, bubblewrap, step
+    path = f"{uv.parent}:{project.environment['PATH']}"
+    return {"PATH": path, "PIP_CONFIG_FILE": os.devnull}
 
-    class Deps(FlowSpec):
-        @bubblewrap(network=False)
-        @step
-        def start(self):
-            import importlib.util, pydash, tomli
-            names = ("iniconfig", "colorama", "anyio")
-            there = [importlib.util.find_spec(name) is not None for name in names]
-            self.found = [tomli.__file__, sys.executable, there]
-            self.next(self.end)
 
-        @step
-        def end(self):
-            pass
+@pytest.mark.parametrize("case", PASSWORDS)
+def test_passwords_of_indexes_are_taken_from_where_uv_takes_them(
+    project, packages, index, tmp_path, monkeypatch, case
+):
+    env = {**lock(project, packages, index), **PASSWORDS[case](index)}
+    if "NETRC" in env:
+        (tmp_path / "netrc").write_text(env["NETRC"])
+        env["NETRC"] = str(tmp_path / "netrc")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(project.directory)
+    version = ".".join(map(str, sys.version_info[:3]))
+    found = uv.resolve_uv(UVEnvironment(None), "linux-64", version, sys.executable)
+    assert PASSWORD not in json.dumps(found.lock) and USER not in json.dumps(found.lock)
+    (tmp_path / "got").mkdir()
+    found.download(tmp_path / "got")
+    got = sorted(path.name.split("-")[0] for path in (tmp_path / "got/wheels").iterdir())
+    assert got == ["pydash", "tomli", "typing_extensions"]
 
-    if __name__ == "__main__":
-        Deps()
-    """
-    project.write("flow.py", script)
-    env = {"PATH": f"{uv.parent}:{project.environment['PATH']}", "PIP_CONFIG_FILE": os.devnull}
+
+def test_an_index_that_uv_has_no_password_for_is_named(project, packages, index):
+    env = lock(project, packages, index)
+    project.write("flow.py", UV_FLOW)
+    done = project.run("flow.py", "--environment=uv", "run", env=env)
+    assert done.code != 0
+    assert "127.0.0.1 answered 401" in done.output and "UV_INDEX_NAME_USERNAME" in done.output
+
+
+def test_the_packages_of_uv_lock_without_the_development_ones(project, packages, index):
+    env = {**lock(project, packages, index), **PASSWORDS["by the name of the index"](index)}
+    project.write("flow.py", UV_FLOW)
     project.run("flow.py", "--environment=uv", "run", env=env).ok()
     file, executable, there = answer(project)
     assert file.startswith(INSIDE) and executable.startswith(INSIDE)

@@ -318,5 +318,5 @@ def _denied(log: Path) -> str:
         return ""
     return (
         f" {urlsplit(found[2]).hostname} answered {found[1]}: look at the password or token that "
-        "your pip has for it (index-url, ~/.netrc)."
+        "your pip has for it (index-url, ~/.netrc); for uv, UV_INDEX_NAME_USERNAME and _PASSWORD."
     )

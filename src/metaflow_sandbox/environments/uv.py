@@ -7,19 +7,25 @@ lock's hashes.
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from metaflow.exception import MetaflowException
 
 from . import DependencyError, Environment, pypi
 
 _SECONDS = 300
+_INDEX = re.compile(r"^(--(?:extra-)?index-url) (\S+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class UvEnvironment(Environment):
     Attributes:
         python_version: three numbers.
         interpreter: the sandbox's Python, of which it is made.
-        requirements: what `uv export` wrote: names, versions, conditions and hashes.
+        requirements: what `uv export` wrote: names, versions, conditions and hashes; and where
+            indexes are, with their passwords.
     """
 
     platform: str
@@ -76,6 +83,11 @@ def resolve_uv(environment: Any, platform: str, version: str, interpreter: str) 
         "--no-annotate", "--emit-index-url", "--emit-find-links", "--format=requirements.txt",
     ]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_SECONDS)
+    if "unexpected argument" in done.stderr:
+        raise DependencyError(
+            "--environment=uv needs a later uv here, 0.12 for instance: pip install -U uv",
+            op="resolve",
+        )
     if done.returncode != 0:
         raise DependencyError(f"uv can't read {project / 'uv.lock'}:\n{done.stderr}", op="resolve")
     for line in done.stdout.splitlines():
@@ -87,4 +99,68 @@ def resolve_uv(environment: Any, platform: str, version: str, interpreter: str) 
                     "doesn't say with what. Make a wheel of it (uv build), and name that.",
                     op="resolve",
                 )
-    return UvEnvironment(platform, version, interpreter, done.stdout)
+    return UvEnvironment(platform, version, interpreter, _with_passwords(done.stdout, project))
+
+
+def _with_passwords(listed: str, project: Path) -> str:
+    """The same with the passwords that uv would have for its indexes when it downloads.
+
+    Those of UV_INDEX_NAME_USERNAME and UV_INDEX_NAME_PASSWORD, and of other addresses of the
+    same index: of several, uv writes but one into the list.
+    """
+    known = {}
+    indexes = [*_indexes(project), *(("", found[2]) for found in _INDEX.finditer(listed))]
+    for _, url in indexes:
+        who, at, _ = urlsplit(url).netloc.rpartition("@")
+        if at:
+            known[_address(url)] = who
+    for name, url in indexes:
+        variable = f"UV_INDEX_{re.sub('[^A-Z0-9]', '_', name.upper())}"
+        user, password = (os.environ.get(f"{variable}_{x}") for x in ("USERNAME", "PASSWORD"))
+        if name and (user is not None or password is not None):
+            known[_address(url)] = f"{quote(user or '', '')}:{quote(password or '', '')}"
+
+    def index(found: re.Match[str]) -> str:
+        url = found[2]
+        if who := known.get(_address(url)):
+            parts = urlsplit(url)
+            url = urlunsplit(parts._replace(netloc=f"{who}@{parts.netloc.rpartition('@')[2]}"))
+        return f"{found[1]} {url}"
+
+    return _INDEX.sub(index, listed)
+
+
+def _address(url: str) -> str:
+    """An index's address without who asks."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+
+
+def _indexes(project: Path) -> Iterator[tuple[str, str]]:
+    """(name or nothing, address) of the indexes in uv's variables; those with a name in its files.
+
+    Raises:
+        DependencyError: files can't be read, without pip.
+    """
+    for variable in ("INDEX_URL", "EXTRA_INDEX_URL", "DEFAULT_INDEX", "INDEX"):
+        for word in os.environ.get(f"UV_{variable}", "").split():
+            name, equals, url = word.partition("=")
+            yield (name, url) if equals and ":" not in name else ("", word)
+    try:
+        reader = import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
+    except ImportError:
+        raise DependencyError(pypi.NO_PIP, op="resolve") from None
+    of_user = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    settings = ["uv.toml", f"{of_user}/uv/uv.toml", "/etc/uv/uv.toml"]
+    settings.append(os.environ.get("UV_CONFIG_FILE") or "uv.toml")
+    for path in (project / Path(name).expanduser() for name in settings):
+        if path.is_file():
+            yield from _named(reader.loads(path.read_text()))
+    about = reader.loads((project / "pyproject.toml").read_text())
+    yield from _named(about.get("tool", {}).get("uv", {}))
+
+
+def _named(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for index in settings.get("index", ()):
+        if "name" in index and "url" in index:
+            yield index["name"], index["url"]
