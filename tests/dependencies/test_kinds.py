@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -409,6 +410,25 @@ def test_cache_false_builds_for_one_run_alone(project, packages):
         done = a_step(project, decorators, WHICH, kind="conda").ok()
         assert "is built, once" in done.output
         assert packages.environments() == []
+
+
+@pytest.mark.sample(0.5)
+def test_what_was_kept_is_looked_at_with_the_steps_environment(project, packages):
+    decorators = ['@bubblewrap(keep="on-failure")', '@conda(packages={"tomli": "2.2.1"})']
+    done = a_step(project, decorators, "import tomli; 1 / 0", kind="conda")
+    name = re.search(r"metaflow-sandbox shell (\S+)", done.output)[1]
+
+    def shell():
+        python = f"{INSIDE}*/bin/python -c 'import tomli; print(tomli.__name__)'"
+        command = [*COMMAND, "shell", name, "sh", "-c", python]
+        kept = subprocess.run(command, env=project.environment, capture_output=True, text=True)
+        return kept.stdout + kept.stderr
+
+    assert shell() == "tomli\n"
+    subprocess.run([*COMMAND, "cache", "clear"], env=project.environment, check=True)
+    assert "was removed from the cache" in shell()
+    a_step(project, decorators, "import tomli; 1 / 0", kind="conda")
+    assert shell() == "tomli\n"
 
 
 @pytest.mark.sample(0.08)

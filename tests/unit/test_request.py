@@ -350,6 +350,14 @@ def test_what_a_backend_can_not_enforce_is_refused_and_what_it_can_is_kept(name,
     assert "theirs" in str(refused.value) and "Leave it out" in str(refused.value)
 
 
+def test_what_is_kept_needs_an_environment_that_stays():
+    request = a_request(keep="on-failure", cache=False)
+    with pytest.raises(NotEnforceable, match="keep.*cache=False.*--force-rebuild-environments"):
+        request.check(Theirs(EVERYTHING))
+    for one in ({"keep": "on-failure"}, {"cache": False}):
+        a_request(**one).check(Theirs(EVERYTHING))
+
+
 @pytest.mark.parametrize("name", ["cpu", "memory", "disk", "gpu"])
 def test_one_missing_capability_is_enough_to_refuse(name):
     backend = Theirs(replace(EVERYTHING, **{name: False}))

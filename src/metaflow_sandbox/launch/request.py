@@ -306,6 +306,12 @@ class Request:
                 f"cache=False can't be had from {backend.name}: what is built there stays, and the "
                 "next run finds it by what is in it. Leave it out; delete what is to be built anew."
             )
+        if self.cache is False and self.keep:
+            raise NotEnforceable(
+                "keep can't be had with cache=False: what is kept is looked at with the step's "
+                "environment, which is removed when the run ends. Leave cache=False out; "
+                "--force-rebuild-environments builds anew, too, and keeps what it built."
+            )
         longest = backend.longest_step
         if longest is not None and self.deadline > longest:
             if self.timeout or self.step_timeout:

@@ -48,9 +48,20 @@ class Kept:
     path: Path
 
     def spec(self) -> SandboxSpec:
-        """The parameters of the sandbox that it was, with the mounts that were kept."""
+        """The parameters of the sandbox that it was, with the mounts that were kept.
+
+        Raises:
+            SandboxError: a mount is there no more.
+        """
         record = json.loads((self.path / "spec.json").read_text())
         mounts = {inside: Path(host) for inside, host in record.pop("mounts").items()}
+        for host in mounts.values():
+            if not host.exists():
+                raise SandboxError(
+                    f"the step's environment, {host}, was removed from the cache since. The next "
+                    "run of the flow builds it again; then this works, too.",
+                    op="shell",
+                )
         spec = SandboxSpec(**record, mounts={**mounts, INSIDE: self.path})
         return replace(spec, labels={**spec.labels, "purpose": "shell"})
 
