@@ -188,6 +188,15 @@ def test_links_and_named_files_in_documents_exist(path):
         assert (ROOT / named).exists(), named
 
 
+@pytest.mark.parametrize("path", [*HOST, *TRAVELS], ids=lambda p: str(p.relative_to(SOURCE)))
+def test_no_message_names_a_page_that_is_not_installed(path):
+    tree = ast.parse(path.read_text())
+    notes = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in notes]
+    named = [found for n in texts for found in re.findall(r"[\w/-]+\.md\b", str(n.value))]
+    assert named == []
+
+
 def test_tests_that_security_names_exist():
     text = (ROOT / "docs/security.md").read_text()
     named = re.findall(r"`(test_\w+)`", text)

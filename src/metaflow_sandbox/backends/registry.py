@@ -49,6 +49,6 @@ def load(name: str) -> Backend:
         )
     raise BackendUnavailable(
         f"there is no backend {name!r}. Installed: {', '.join(names())}. Another package can "
-        f"provide one through the entry point group {GROUP!r}; see docs/adding-a-backend.md.",
+        f"provide one through the entry point group {GROUP!r}.",
         op="load",
     )

@@ -277,7 +277,7 @@ class Request:
                 continue
             raise NotEnforceable(
                 f"{name}={value} can't be enforced by {backend.name} here. Leave it out, or choose "
-                "a backend that can (docs/configuration.md has the table)."
+                "a backend that can: `metaflow-sandbox doctor` shows what each has."
             )
         asked = {
             "image": (self.image, limits.image),
@@ -289,7 +289,8 @@ class Request:
             if value and not can:
                 raise NotEnforceable(
                     f"{name} can't be had from {backend.name}. Leave it out, or choose a backend "
-                    f"that has it (docs/configuration.md has the table).{_INSTEAD.get(name, '')}"
+                    "that has it: `metaflow-sandbox doctor` shows what each has."
+                    f"{_INSTEAD.get(name, '')}"
                 )
         for name in sorted(set(self.options) - set(backend.options)):
             raise NotEnforceable(f"{backend.name} has no parameter {name}. Leave it out.")

@@ -45,7 +45,6 @@ def _text(path: str) -> str:
     return ""
 
 
-_PAGE = "docs/where-it-runs.md"
 _APPARMOR = """\
 AppArmor forbids user namespaces, as Ubuntu 23.10 and later do. Allow bubblewrap, on the host:
   sudo apt install bubblewrap apparmor-profiles apparmor-utils
@@ -71,8 +70,8 @@ def explain(problem: str) -> str:
         return (
             "This container forbids what a sandbox is made of. Start it with what is missing:\n"
             f"  docker run --user 1000 {' '.join(missing)} …\n"
-            f"or choose another backend. {_PAGE} has a narrower seccomp profile, and Podman's and "
-            "Kubernetes' settings." + (_ROOT_IN_CONTAINER if userns.global_root() else "")
+            "(podman run takes the same), or choose another backend."
+            + (_ROOT_IN_CONTAINER if userns.global_root() else "")
         )
     if "uid map: Operation not permitted" in problem:
         return "This is root without CAP_SETFCAP: be another user, or add that capability."
@@ -87,7 +86,11 @@ def explain(problem: str) -> str:
         )
     if _text("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1":
         return _APPARMOR
-    return f"{_PAGE} says what bubblewrap needs and what its messages mean."
+    return (
+        "It needs a kernel that lets this user make user namespaces (unshare -Ur true tries that) "
+        "and mount /proc in them. Where that can't be had, choose another backend: "
+        "`metaflow-sandbox doctor` shows which work here."
+    )
 
 
 def in_container() -> bool:
