@@ -17,7 +17,13 @@ import metaflow
 from metaflow.datastore import FlowDataStore
 from metaflow.plugins import DATASTORES
 
-from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, names, rules
+from metaflow_extensions.sandbox.plugins.pickles import (
+    Refused,
+    is_class,
+    load_data,
+    names,
+    rules,
+)
 from metaflow_extensions.sandbox.plugins.settings import number
 from metaflow_extensions.sandbox.plugins.tainted import class_names, mark, tainted, unmarked
 
@@ -110,6 +116,13 @@ def chosen(found: Found, classes: tuple[str, ...]) -> tuple[str, ...]:
         raise NotReleased(
             "It names no class and is refused, so it is a program. --all runs it wherever it is "
             "loaded, as whoever wrote it in the sandbox likes."
+        )
+    code = [name for name in wanted if not classes and not is_class(name)]
+    if code:
+        raise NotReleased(
+            f"{', '.join(code)}: no class, as far as can be seen without importing it, but code. "
+            "So it is a program: --all runs it wherever it is loaded, as whoever wrote it in the "
+            "sandbox likes."
         )
     return wanted
 

@@ -193,3 +193,12 @@ def test_a_program_that_names_what_data_names_is_not_taken_for_data(project):
     assert "it is a program. --all runs it" in said.stderr
     assert not (project.directory / "ran").exists()
     assert "program" in release(project, f"{task}/result", "--all").stdout
+
+
+def test_a_program_that_names_functions_is_not_taken_for_objects_of_classes(project):
+    project.write("flow.py", PROGRAM.replace('of(Made(modules, "os"), "system")', "eval"))
+    project.run("flow.py", "run").ok()
+    task = project.client('answer = Flow("Program").latest_run["start"].task.pathspec')
+    said = release(project, f"{task}/result", "--yes")
+    assert said.returncode != 0 and "released" not in said.stdout
+    assert "builtins.eval: no class" in said.stderr and "--all runs it" in said.stderr

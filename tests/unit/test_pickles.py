@@ -6,6 +6,7 @@ import faulthandler
 import os
 import pickle
 import pickletools
+import re
 import resource
 import signal
 import struct
@@ -20,7 +21,7 @@ from metaflow.datastore.artifacts.serializer import SerializationMetadata
 from metaflow.exception import MetaflowExceptionWrapper
 
 from metaflow_extensions.sandbox.plugins.pickles import Refused, load_data, opcodes
-from metaflow_extensions.sandbox.plugins.tainted import MARK, ArtifactRefused, TaintedPickle
+from metaflow_extensions.sandbox.plugins.tainted import ArtifactRefused, TaintedPickle, mark
 
 PROTOCOLS = (2, 3, 4, 5)
 
@@ -741,26 +742,68 @@ def assert_refused_or_same(data, spied):
 # --- what the user is told ------------------------------------------------------------
 
 
-def deserialize(data, encoding="pickle-v4"):
+def deserialize(data, encoding="pickle-v4", classes=()):
     origin = {"source": "metaflow-sandbox", "origin": "F/1/s/2", "artifact": "x"}
-    metadata = SerializationMetadata("<class 'list'>", len(data), MARK + encoding, origin)
+    metadata = SerializationMetadata("<class 'list'>", len(data), mark(classes) + encoding, origin)
     return TaintedPickle.deserialize([data], metadata)
 
 
 def test_outside_of_a_sandbox_plain_data_loads_and_the_rest_is_refused_with_the_ways_on():
     assert deserialize(pickle.dumps([1, "x"], 4)) == [1, "x"]
-    with pytest.raises(ArtifactRefused, match="os.system") as refused:
-        deserialize(b"\x80\x04" + HOSTILE["GLOBAL, REDUCE"] + b".")
+    with pytest.raises(ArtifactRefused, match="pkg.Result") as refused:
+        deserialize(naming("pkg.Result"))
     for words in (
         "`x` of F/1/s/2",
         "leave data",
         "@sandbox",
         'trust="all"',
-        'trust=["os.system"]',
+        'trust=["pkg.Result"]',
         "release F/1/s/2/x",
-        "trusting(",
+        'trusting("pkg.Result")',
     ):
         assert words in str(refused.value)
+
+
+def naming(name):
+    module, _, last = name.rpartition(".")
+    return b"\x80\x04c" + f"{module}\n{last}\n".encode() + b")R."
+
+
+CLASSES = [
+    "pkg.Result",
+    "pkg.of.Result",
+    "argparse.Namespace",
+    "argparse.ArgumentParser",
+    "__main__.A",
+]
+CODE = [
+    "os.system", "posix.system", "builtins.eval", "builtins.type", "functools.partial",
+    "functools.reduce", "operator.methodcaller", "types.FunctionType", "pty.spawn", "os.path.join",
+    "this.is_not_loaded",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_one_is_not_told_to_name_code_as_if_it_were_a_class(name):
+    with pytest.raises(ArtifactRefused, match=re.escape(f"`{name}` is no class")) as refused:
+        deserialize(naming(name))
+    said = str(refused.value)
+    assert "trust=[" not in said and f'"{name}"' not in said
+    for words in ("leave data", 'trust="all"', "release F/1/s/2/x --all", 'trusting("all")'):
+        assert words in said
+    assert "this" not in sys.modules  # nothing was imported to find out
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_is_told_to_name_a_class(name):
+    with pytest.raises(ArtifactRefused, match=re.escape(f'trust=["{name}"]')):
+        deserialize(naming(name))
+
+
+def test_one_is_not_told_to_name_a_class_that_is_named_already():
+    with pytest.raises(ArtifactRefused, match="can't be imported here") as refused:
+        deserialize(naming("pkg.Result"), classes=["pkg.Result"])
+    assert "trust=[" not in str(refused.value)
 
 
 def test_what_is_no_pickle_is_refused():

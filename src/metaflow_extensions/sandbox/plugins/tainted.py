@@ -33,7 +33,7 @@ from metaflow.datastore.artifacts.serializer import (
 from metaflow.datastore.task_datastore import TaskDataStore
 from metaflow.exception import MetaflowException
 
-from .pickles import Refused, load_data
+from .pickles import Refused, is_class, load_data
 
 _VERSION = "sandbox-v1"
 _MARKED = re.compile(re.escape(_VERSION) + r"(?:\(([\w.,]+)\))?\+(.*)\Z", re.S)
@@ -161,27 +161,46 @@ def _seconds() -> float:
 class ArtifactRefused(MetaflowException):
     headline = "This artifact was written in a sandbox and is more than data"
 
-    def __init__(self, metadata: Any, refused: object) -> None:
+    def __init__(self, metadata: Any, refused: object, may: Iterable[str] = ()) -> None:
         info = metadata.serializer_info or {}
         where = f"{info['origin']}/{info['artifact']}" if "artifact" in info else "FLOW/…/ARTIFACT"
         name = f"`{info['artifact']}` of {info['origin']}" if "artifact" in info else "The artifact"
         kind = f" ({metadata.obj_type})" if metadata.obj_type else ""
         named = getattr(refused, "name", None) or ""
-        cls = named if _CLASS.match(named) else "pkg.Class"
         instead = _INSTEAD.get(
-            cls.partition(".")[0],
+            named.partition(".")[0],
             "let the step leave data: numbers, text, containers, dates, arrays, frames",
         )
+        if is_class(named) and named not in may:
+            code = ""
+            ways = (
+                f'  - name its class where it is written: @sandbox(trust=["{named}"]), or '
+                'trust="all",\n'
+                "    if you trust that code with whatever the step gives it;\n"
+                f"  - release this one: metaflow-sandbox release {where}\n"
+                "  - in a notebook: from metaflow_sandbox import trusting; "
+                f'with trusting("{named}"): …'
+            )
+        else:
+            if named and named not in may:
+                code = (
+                    f"`{named}` is no class, as far as can be seen without importing it:\n"
+                    "it is such code itself.\n"
+                )
+            else:
+                code = "No name of a class would change that.\n"
+            ways = (
+                "  - let that code run here, if you know it and who wrote it: "
+                '@sandbox(trust="all") where it\n'
+                f"    is written; or metaflow-sandbox release {where} --all; or, in a notebook,\n"
+                '    from metaflow_sandbox import trusting; with trusting("all"): …'
+            )
         super().__init__(
             f"{name}{kind} is refused: {refused}.\n\n"
             "Loading it here would run code that the sandboxed step chose, on this machine.\n"
-            "The artifact is stored and nothing is lost. You can\n"
+            f"{code}The artifact is stored and nothing is lost. You can\n"
             f"  - {instead};\n"
-            "  - read it in a step that runs in a sandbox itself (@sandbox on that step);\n"
-            f'  - name its class where it is written: @sandbox(trust=["{cls}"]), or trust="all",\n'
-            "    if you trust that code with whatever the step gives it;\n"
-            f"  - release this one: metaflow-sandbox release {where}\n"
-            f'  - in a notebook: from metaflow_sandbox import trusting; with trusting("{cls}"): …'
+            "  - read it in a step that runs in a sandbox itself (@sandbox on that step);\n" + ways
         )
 
 
@@ -220,9 +239,10 @@ class TaintedPickle(ArtifactSerializer):
         if not encoding.startswith("pickle-"):
             raise ArtifactRefused(metadata, f"it is stored as `{encoding}`")
         try:
-            return load_data(data[0], {*classes, *released, *configured()}, _seconds())
+            may = {*classes, *released, *configured()}
+            return load_data(data[0], may, _seconds())
         except Refused as e:
-            raise ArtifactRefused(metadata, e) from None
+            raise ArtifactRefused(metadata, e, may) from None
 
 
 def printable(text: str) -> str:

@@ -104,8 +104,8 @@ class Bubblewrap(Backend):
         if way.means is None:
             notes.append(
                 "memory is limited by looking ten times a second, and CPUs can't be, since "
-                "control groups can't be made here. A running systemd would make them, the user's or "
-                "root's, and root can where /sys/fs/cgroup may be written."
+                "control groups can't be made here. A running systemd would make them, or root "
+                "where /sys/fs/cgroup may be written."
             )
         else:
             kinds = " and ".join(sorted(way.means.enforces))

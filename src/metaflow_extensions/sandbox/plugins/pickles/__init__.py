@@ -28,8 +28,9 @@ from . import builtins, numpy, pandas, stdlib, trusted
 from .grammar import Refused
 from .names import names
 from .opcodes import Machine
+from .trusted import is_class
 
-__all__ = ["Refused", "load_data", "load_plain", "names", "rules"]
+__all__ = ["Refused", "is_class", "load_data", "load_plain", "names", "rules"]
 
 #: What `trust="data"` stands for.
 _RULES = {**builtins.RULES, **stdlib.RULES, **numpy.RULES, **pandas.RULES}

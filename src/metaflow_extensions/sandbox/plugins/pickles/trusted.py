@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .opcodes import Machine
 
 _GETATTR = "builtins.getattr"
+_PYTHONS = frozenset(getattr(sys, "stdlib_module_names", sys.builtin_module_names))
 
 
 def rules(classes: Iterable[str], data: Rules) -> Rules:
@@ -30,6 +31,28 @@ def rules(classes: Iterable[str], data: Rules) -> Rules:
     A class of data is made as data, though it be named.
     """
     return {**{name: _rule(name) for name in classes}, **data, _GETATTR: Rule(call=_getattr)}
+
+
+def is_class(name: str) -> bool:
+    """Whether a name is that of a class, which one may trust, rather than of code to be called.
+
+    Nothing is imported: of what isn't loaded here, the way in which it is written decides.
+    Neither are those of Python's own classes whose objects are called, such as `functools.partial`.
+    """
+    parts = name.split(".")
+    if len(parts) < 2 or not all(part.isidentifier() for part in parts):
+        return False
+    loaded = (n for n in range(len(parts) - 1, 0, -1) if ".".join(parts[:n]) in sys.modules)
+    if (n := next(loaded, 0)) > 0:
+        found: Any = sys.modules[".".join(parts[:n])]
+        for part in parts[n:]:
+            found = getattr(found, "__dict__", {}).get(part)  # runs nothing, as `getattr` may
+        if isinstance(found, type):
+            called = any("__call__" in vars(cls) for cls in found.__mro__)
+            return not called or found.__module__.partition(".")[0] not in _PYTHONS
+        if found is not None:
+            return False
+    return parts[-1].lstrip("_")[:1].isupper()
 
 
 def _rule(name: str) -> Rule:
