@@ -33,11 +33,12 @@ LAYERS = {
     "errors": set(),
     "concurrency": set(),
     "settings": {"errors"},
+    "text": set(),
     "leases": {"errors"},
     "cache": {"errors", "concurrency", "settings"},
     "agent": {"errors"},
     "egress": set(),
-    "backends": {"errors", "concurrency", "leases", "egress", "cache", "settings"},
+    "backends": {"errors", "concurrency", "leases", "egress", "cache", "settings", "text"},
     "environments": {"errors", "backends"},
     "admission": {"errors"},
     "launch": {
@@ -128,6 +129,14 @@ def test_layers_import_only_what_is_below_them(path):
             continue
         if target and target[0] != layer:
             assert target[0] in LAYERS[layer], f"{layer} imports {target[0]}"
+
+
+@pytest.mark.parametrize("path", [*HOST, *TRAVELS], ids=lambda p: str(p.relative_to(SOURCE)))
+def test_text_of_others_is_made_harmless_by_one_function(path):
+    """`"".join(… c.isprintable() …)` is `text.printable`."""
+    loops = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.GeneratorExp)]
+    own = [n.lineno for n in loops if "isprintable" in ast.dump(n)]
+    assert own == [] or path.name == "text.py"
 
 
 def test_no_sdk_is_imported_when_a_backend_is_loaded():

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metaflow_sandbox.admission.text import escape, harmless, message, unescape
+from metaflow_sandbox.text import printable
 
 CONTROLS = {*range(0x20), *range(0x7F, 0xA0)} - {0x09}
 TRICKS = {*range(0x2028, 0x202F), *range(0x2066, 0x206A)}  # line ends and reversed text
@@ -117,3 +118,9 @@ def test_a_message_is_made_harmless_once():
         "\u241b]0;owned\u2407\u2426ed\u2426a0\u242680\u24269b"
         "\u2426e2\u242680\u2426ae\u2426c2\u24269b"
     )
+
+
+@given(anything)
+def test_text_of_others_in_messages_is_harmless_too(data):
+    assert_harmless(printable(data.decode(errors="surrogateescape")).replace("\n", ""))
+    assert printable("a\tb\nü \x1b[2J\r") == "a\tb\nü \\x1b[2J\\r"

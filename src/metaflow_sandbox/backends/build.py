@@ -14,6 +14,7 @@ from .. import cache
 from ..concurrency import blocking
 from ..errors import SandboxError
 from ..settings import number
+from ..text import printable
 from .base import Backend, Recipe, Sandbox, SandboxSpec, Say
 
 SECONDS = 3600.0
@@ -70,9 +71,7 @@ async def install(sandbox: Sandbox, recipe: Recipe) -> None:
             op="prepare",
         ) from None
     if code != 0:
-        said = "".join(
-            c if c.isprintable() or c == "\n" else "?" for c in tail.decode(errors="replace")
-        )
+        said = printable(tail.decode(errors="replace"))
         why = sandbox.diagnose() or f"the installation exited with {code}:\n{said.strip()}"
         raise BuildFailed(
             f"the environment ({recipe.title}) could not be built: {why}", op="prepare"

@@ -15,7 +15,8 @@ from metaflow.exception import MetaflowException
 from metaflow.metaflow_config import FEAT_ALWAYS_UPLOAD_CODE_PACKAGE
 
 from . import settings
-from .tainted import WORKLOAD, inside_sandbox, printable
+from .tainted import WORKLOAD, inside_sandbox
+from .text import printable
 
 if TYPE_CHECKING:
     from metaflow_sandbox.launch.session import Session

@@ -34,6 +34,7 @@ from metaflow.datastore.task_datastore import TaskDataStore
 from metaflow.exception import MetaflowException
 
 from .pickles import Refused, is_class, load_data
+from .text import printable
 
 _VERSION = "sandbox-v1"
 _MARKED = re.compile(re.escape(_VERSION) + r"(?:\(([\w.,]+)\))?\+(.*)\Z", re.S)
@@ -243,13 +244,6 @@ class TaintedPickle(ArtifactSerializer):
             return load_data(data[0], may, _seconds())
         except Refused as e:
             raise ArtifactRefused(metadata, e, may) from None
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal acts on."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def _dump_harmlessly() -> None:

@@ -24,8 +24,9 @@ import anyio
 
 from ...concurrency import blocking
 from ...errors import SandboxError
+from ...text import printable
 from ..base import Recipe, SandboxSpec, Say, Sink, discard, unsaid
-from .faults import BadImage, harmless
+from .faults import BadImage
 from .images import alone, new_layout, write_index
 from .runtime import cache
 from .sandbox import BoxliteSandbox
@@ -307,7 +308,7 @@ async def _run(sandbox: BoxliteSandbox, argv: list[str], what: str) -> None:
 
     code = await sandbox.exec(argv, cwd="/", on_stdout=keep, on_stderr=keep)
     if code != 0:
-        said = harmless(tail.decode(errors="replace"))
+        said = printable(tail.decode(errors="replace"))
         raise SandboxError(
             f"{what} failed with exit code {code}: {sandbox.diagnose() or ''}\n{said}",
             code="setup_failed",
@@ -329,7 +330,7 @@ async def _python(sandbox: BoxliteSandbox, script: str, *words: str, out: Sink =
     if code != 0:
         raise SandboxError(
             f"what was prepared could not be packed (exit code {code}): "
-            f"{harmless(said.decode(errors='replace'))}",
+            f"{printable(said.decode(errors='replace'))}",
             code="setup_failed",
             op="prepare",
         )

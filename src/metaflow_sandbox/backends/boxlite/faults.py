@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
+from ...text import printable
 
 KVM = Path("/dev/kvm")
 NEXT = "Or choose @bubblewrap or @docker, or a cloud: @daytona, @e2b."
@@ -117,11 +118,6 @@ def translated(error: Exception, op: str, home: Path, what: object) -> SandboxEr
     )
 
 
-def harmless(text: str) -> str:
-    """Text of a guest's without what a terminal would act on."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-
-
 def log(home: Path) -> str:
     """The end of what the last microVM of a home said before it gave up."""
     found = []
@@ -130,7 +126,7 @@ def log(home: Path) -> str:
             with contextlib.suppress(OSError):
                 text = path.read_bytes()[-_TAIL:].decode(errors="replace").strip()
                 if text:
-                    found.append(harmless(text))
+                    found.append(printable(text))
     return "\n".join(found)
 
 

@@ -26,6 +26,7 @@ from platformdirs import user_cache_path
 
 from ...errors import SandboxError
 from ...leases import alone, remove_old
+from ...text import printable
 from . import policy
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -323,5 +324,5 @@ def mounts(layers: list[Path]) -> dict[str, Path]:
 def why(stderr: bytes) -> BadImage:
     """The error for what `unpack.py` said when it failed."""
     lines = stderr.decode(errors="replace").strip().split("\n")
-    said = "".join(c if c.isprintable() else "?" for c in lines[-1]) or "it said nothing"
+    said = printable(lines[-1]) or "it said nothing"
     return BadImage(f"it could not be unpacked: {said[:500]}", op="prepare")

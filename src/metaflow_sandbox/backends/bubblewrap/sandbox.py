@@ -24,6 +24,7 @@ from ...egress.rules import Rules
 from ...egress.variables import PROXY_PORT, proxy_variables
 from ...errors import BackendUnavailable, SandboxError, SandboxGone
 from ...leases import Lease
+from ...text import printable
 from .. import seccomp
 from ..base import SandboxSpec
 from ..boxed import BoxedSandbox, bundle
@@ -358,7 +359,7 @@ class BubblewrapSandbox(BoxedSandbox):
         os.lseek(self._errors, 0, os.SEEK_SET)
         text = os.read(self._errors, 4096).decode(errors="replace")
         # An image's Python can print here, too.
-        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text).strip()
+        text = printable(text).strip()
         code = self._process.poll() if self._process is not None else None
         return text or f"it ended with exit code {code} and said nothing"
 

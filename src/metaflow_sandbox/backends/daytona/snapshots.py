@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ...errors import NotEnforceable, SandboxError
+from ...text import printable
 from ..base import Recipe, Sandbox, Say
 from . import client, faults
 
@@ -266,8 +267,7 @@ async def _pieces(file: anyio.AsyncFile[bytes]) -> AsyncIterator[bytes]:
 
 def _lines(text: str) -> list[str]:
     """What a build printed, without what would steer a terminal."""
-    plain = ("".join(c if c.isprintable() else " " for c in line) for line in text.splitlines())
-    return [line.rstrip() for line in plain if line.strip()]
+    return [printable(line).rstrip() for line in text.splitlines() if line.strip()]
 
 
 async def _log_of(sdk: AsyncDaytona, name: str) -> list[str]:

@@ -16,6 +16,7 @@ import anyio
 from metaflow import metaflow_config
 
 from ...errors import BackendUnavailable, SandboxError
+from ...text import printable
 
 _INFO_SECONDS = 60.0
 _CALL_SECONDS = 300.0
@@ -242,7 +243,7 @@ def _tail(said: str) -> str:
     """The end of what a program said, without warnings and what could steer a terminal."""
     lines = [line for line in said.splitlines() if not line.startswith("WARNING: ")]
     text = "\n".join(lines).strip()[-1000:]
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return printable(text)
 
 
 _UNAVAILABLE = {

@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from ...errors import SandboxError
 from ...leases import alone
+from ...text import printable
 from .. import build as builds
 from ..base import Recipe, Say
 from .engine import NO_SPACE, BadImage, Engine, explain, explain_pull
@@ -190,7 +191,7 @@ async def _run(sandbox: DockerSandbox, argv: list[str], name: str) -> None:
         ) from None
     if code != 0:
         text = tail.decode(errors="replace").strip()
-        text = _with_remedy("".join(c if c.isprintable() or c == "\n" else "?" for c in text))
+        text = _with_remedy(printable(text))
         raise BadImage(
             f"image={name!r} can't be prepared: `{argv[-1]}` exits with {code}. "
             f"It ran as root; setup has the internet through an HTTP proxy alone.\n{text}",
