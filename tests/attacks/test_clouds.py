@@ -89,7 +89,6 @@ def test_a_flood_of_output_is_cut_and_the_step_goes_on(project):
     assert len(done.output) < 6 << 20
 
 
-@pytest.mark.parametrize("cloud", ["e2b"], indirect=True)
 @pytest.mark.parametrize("part", taken_over.PARTS)
 def test_an_agent_that_was_taken_over_gets_nothing_past_the_launcher(project, cloud, part):
     flow = taken_over.FLOW.replace(

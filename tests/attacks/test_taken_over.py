@@ -28,7 +28,7 @@ FLOW = """
         @sandbox(backend="remote-like", network=False, timeout=50, disk=512, memory=1024)
         @step
         def hostile(self):
-            agent = os.environ["METAFLOW_HOME"].replace("/metaflow", "/agent.py")
+            agent = os.path.join(os.path.dirname(os.environ["METAFLOW_HOME"]), "agent.py")
             os.unlink(agent)
             with open(agent, "w") as f:
                 f.write(PROGRAM + ATTACKS[self.input])
