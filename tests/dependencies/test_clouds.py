@@ -1,7 +1,13 @@
 """What is built for a cloud's sandboxes is kept there, and used again."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
-from test_environments import a_step, answer
+from test_environments import a_step, answer, write_flow
 
 WHICH = "import tomli, sys; self.found = [tomli.__file__, sys.executable]"
 
@@ -24,3 +30,38 @@ def test_two_runs_share_one_build(request, project, shared_packages, cloud, kind
     file, executable = answer(project)
     assert "/environments/" in file and "/environments/" in executable
     assert [ANNOUNCED[cloud] in text for text in said] == [True, False]
+
+
+@pytest.mark.sample(0.2)
+def test_what_a_build_that_was_killed_leaves_is_listed_and_ended_by_gc(
+    project, daytona, shared_packages
+):
+    project.environment |= daytona.environment
+    packages = '@pypi(packages={"tomli": "2.0.1"})'
+    write_flow(project, ["@daytona", packages], kind="pypi", before="from metaflow import daytona")
+    daytona.fault("POST .*/files/bulk-upload", delay=60)
+    process = project.start("flow.py", "--environment=pypi", "run")
+    while not (found := [i for i in daytona.living() if is_builder(daytona, i)]):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    ((*listed, _, step),) = builders(project, "list")
+    assert (listed, step) == (["daytona", found[0]], "Deps/?/start/?/?")
+    assert builders(project, "gc") == []
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert builders(project, "gc") == [["ended", "daytona", found[0], f"({step})"]]
+    assert daytona.wait_until_none_lives()
+
+
+def is_builder(daytona, sandbox):
+    return daytona.state()["requests"][sandbox]["name"].endswith("-builder")
+
+
+def builders(project, command):
+    """The words with which a command tells of each sandbox."""
+    done = subprocess.run(
+        [sys.executable, "-m", "metaflow_sandbox.cli", command, "--backend", "daytona"],
+        env=project.environment, cwd=project.directory, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [line.split() for line in done.stdout.splitlines() if "daytona" in line]

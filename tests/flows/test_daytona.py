@@ -380,7 +380,7 @@ def test_what_is_wrong_is_said_at_the_launch_with_what_to_do(cloud, monkeypatch,
     deco.init()
     request = Request.from_decorator(deco, [deco])
     lines = []
-    session = Session([])
+    session = Session("Flow", [])
     try:
         with pytest.raises(SandboxError) as refused:
             plain = MetaflowEnvironment(None)

@@ -34,7 +34,7 @@ def _temporary(tmp_path, monkeypatch):
 
 
 def test_what_was_prepared_for_one_run_is_removed_at_its_end():
-    backend, session = Keeper(), Session([])
+    backend, session = Keeper(), Session("Flow", [])
     for image in ("one", "stuck", "two"):
         anyio.run(session._make, backend, Recipe(image), unsaid)
     assert backend.kept == ["one", "stuck", "two"]

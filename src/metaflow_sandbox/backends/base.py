@@ -186,6 +186,8 @@ class Recipe:
         contents: stands for `files` in the key, where it is known before they are there.
         title: what is installed, in words: "python 3.12.1 and 7 packages".
         python: the Python inside, where the user named one; not part of `key`.
+        labels: of the sandboxes that make it at a provider, by which they are found; not part of
+            `key`.
         once: the run that it is for alone, if that is so; not part of `key`. What is kept under
             another name for it gets a `Prepared.discard`.
         rebuild: whether what is there of its installation is made anew, and replaced.
@@ -204,6 +206,7 @@ class Recipe:
     contents: str = ""
     title: str = ""
     python: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
     once: str = ""
     rebuild: bool = False
 

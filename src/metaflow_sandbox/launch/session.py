@@ -22,6 +22,7 @@ from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, S
 from ..concurrency import plain_errors
 from ..errors import BackendUnavailable, NotEnforceable, SandboxError
 from ..leases import Lease, living
+from ..manage import ownership
 from . import client
 from .job import save_prepared
 from .progress import shown
@@ -32,6 +33,7 @@ from .stage import withhold
 T = TypeVar("T")
 
 _END_SECONDS = 30.0
+_MAKING_SECONDS = 86400.0  # longer than anything is made for; its provider ends it much sooner
 _NAMED = 5
 _LOOK_SECONDS = 120.0
 _LOOK = (
@@ -49,10 +51,12 @@ class Session:
         backends: {step: name of its backend}.
 
     Args:
+        flow: its name.
         with_specs: the decorators that `--with` gave to any step.
     """
 
-    def __init__(self, with_specs: Sequence[str]) -> None:
+    def __init__(self, flow: str, with_specs: Sequence[str]) -> None:
+        self._flow = flow
         living("run")  # which removes what was left behind by those that were killed
         self.workspace = Lease("run")
         options = "\0".join([str(os.getpid()), *with_specs])
@@ -132,6 +136,11 @@ class Session:
             disk=request.disk,
             gpu=request.gpu,
             python=request.executable,
+            labels={
+                "metaflow-flow": self._flow,
+                "metaflow-step": step,
+                **ownership(self.workspace.path, _MAKING_SECONDS),
+            },
             once=self.workspace.path.name if alone else "",
             # What a provider keeps can't be replaced while others may use it.
             rebuild=force and not alone and not backend.keeps_builds,
@@ -169,7 +178,7 @@ class Session:
         if found := self._looked.get(asked):
             return found
         spec = SandboxSpec(
-            labels={"purpose": "look"},
+            labels=plain.labels,
             lifetime=_LOOK_SECONDS,
             image=prepared.image,
             network=backend.least_network(),

@@ -220,7 +220,7 @@ class SandboxDecorator(StepDecorator):
                 # (LD_PRELOAD, PYTHONPATH); the launcher passes them to the step.
                 deco.runtime_step_cli = lambda *args, **kwargs: None
         if SandboxDecorator._session is None:
-            SandboxDecorator._session = Session(_with_specs(flow))
+            SandboxDecorator._session = Session(flow.name, _with_specs(flow))
         try:
             SandboxDecorator._session.admit(self.step, self.request, self.environment, self.logger)
         except SandboxError as e:

@@ -236,7 +236,7 @@ class Daytona(Backend):
         while not await snapshots.usable(sdk, name, say):
             await snapshots.forget_failed(sdk, name)
             spec = SandboxSpec(
-                {"metaflow-purpose": "prepare"},
+                recipe.labels,
                 lifetime=_BUILDER_SECONDS,
                 network=self.least_network(),
             )

@@ -192,7 +192,7 @@ class E2B(Backend):
             SandboxError: there is no such template ("no_template"), or no Python in it.
         """
         try:
-            sandbox = await self._placed(sdk, template, say)
+            sandbox = await self._placed(sdk, template, recipe.labels, say)
         except SandboxError as e:
             if e.code != "refused":
                 raise
@@ -217,9 +217,11 @@ class E2B(Backend):
         finally:
             await sandbox.destroy()
 
-    async def _placed(self, sdk: Any, template: str, say: Say) -> E2BSandbox:
+    async def _placed(
+        self, sdk: Any, template: str, labels: Mapping[str, str], say: Say
+    ) -> E2BSandbox:
         """A short sandbox; waits for a place for it, as attempts do."""
-        spec = SandboxSpec(lifetime=120, network=False)
+        spec = SandboxSpec(labels, lifetime=120, network=False)
         patience, said = time.monotonic() + _PLACE_SECONDS, False
         while True:
             try:
