@@ -121,7 +121,7 @@ class Output:
                 self.end = End(int(said["code"]) & 0xFF, int(said["oom"]) > 0)
             elif kind == "t":
                 self.end = End(None)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return  # the runner's are whole; a step can write into the session's shell's output
 
 
