@@ -41,12 +41,14 @@ class TestBoxlite(BackendContract):
             yield sandbox
 
     @pytest.fixture
-    async def sandbox(self, request, backend):
-        if os.environ.get("VM_SHARED"):
-            yield request.getfixturevalue("common")
-        else:
-            async with self.made(backend) as sandbox:
-                yield sandbox
+    async def own(self, backend):
+        async with self.made(backend) as sandbox:
+            yield sandbox
+
+    @pytest.fixture
+    def sandbox(self, request):
+        # No coroutine, since inside of one no other such fixture can be had.
+        return request.getfixturevalue("common" if os.environ.get("VM_SHARED") else "own")
 
     async def test_the_work_directory_is_empty_and_writable(self, backend):
         async with self.made(backend) as sandbox:  # no shared one
