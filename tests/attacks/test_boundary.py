@@ -122,6 +122,10 @@ FORGERIES = {
         'record["objects"]["../x"] = record["objects"]["mine"]; record["info"]["../x"] = {}',
         "an artifact has the name",
     ),
+    "a name that is another's when it is written": (
+        'record["objects"]["\\ufb01"] = record["objects"]["mine"]; record["info"]["\\ufb01"] = {}',
+        "an artifact has the name",
+    ),
     "a mark on the scheduler": (
         'record["objects"]["_control_mapper_tasks"] = record["objects"]["mine"]; '
         'record["info"]["_control_mapper_tasks"] = record["info"]["mine"]',

@@ -93,6 +93,12 @@ ATTACKS = {
     "document.body.append(f); window.RTCPeerConnection = f.contentWindow.RTCPeerConnection;"
     "call('turn:127.0.0.1:' + DOOR + '?transport=tcp')",
 }
+#: What a module declares, in the place of the browser's own.
+DECLARED = {
+    f"WebRTC of a module with its own {name}": f"function {name}() {{}}"
+    for name in ("window", "globalThis", "self", "Function", "Object")
+}
+ATTACKS |= dict.fromkeys(DECLARED, "call('turn:127.0.0.1:' + DOOR + '?transport=tcp')")
 #: What makes the viewer go away, each alone.
 LEAVING = {
     "the viewer's location": "top.location = OUT",
@@ -100,7 +106,8 @@ LEAVING = {
     "a form to the top": "add('<form target=_top action=\"' + OUT + '\"></form>').submit()",
 }
 
-_CARD = """<!DOCTYPE html><html><head><title>card</title></head><body><script>
+_CARD = """<!DOCTYPE html><html><head><title>card</title></head><body><script%(kind)s>
+%(declared)s
 var VIEWER = %(viewer)r, OUT = %(out)r, DOOR = %(door)d, NAME = %(name)r;
 function tell(x) { top.postMessage({name: NAME, read: String(x)}, '*'); }
 function add(html) {
@@ -212,6 +219,8 @@ class Browser:
                 (_CARD % {
                     "viewer": page.url, "out": f"{out.url}/{i}/x", "door": doors[i].port,
                     "name": name, "script": attacks[name],
+                    "kind": " type=module" if name in DECLARED else "",
+                    "declared": DECLARED.get(name, ""),
                 }).encode()
             )
             for i, name in enumerate(names)

@@ -14,9 +14,11 @@ import os
 import pathlib
 import pickle
 import pickletools
+import random
 import resource
 import signal
 import struct
+import sys
 import tracemalloc
 import warnings
 import zoneinfo
@@ -446,6 +448,18 @@ def floats_of_one_hash(count):
     return found[numpy.isfinite(found)][:count]
 
 
+def of_one_hash_in_objects(count, make=int):
+    """Different labels whose Python hashes are one where pandas has folded them.
+
+    Not in their order, in which pandas needs no hashes."""
+    numbers = [k << 32 | (k ^ 0x1234567) for k in range(1, count + 1)]
+    random.Random(0).shuffle(numbers)
+    labels = numpy.empty(count, object)
+    for i, number in enumerate(numbers):
+        labels[i] = make(number)
+    return labels
+
+
 def categories(values, cls=pandas.Index):
     fields = {"categories": index(cls, data=values), "ordered": False}
     return MadeAnew(pandas.CategoricalDtype, fields)
@@ -458,6 +472,18 @@ SLOW = {
     "integers of one hash": categories(of_one_hash(200_000)),
     "floats of one hash": categories(floats_of_one_hash(100_000)),
     "complex numbers of one hash": categories(numpy.arange(100_000.0) * (1 + 1j)),
+    "short complex numbers of one hash": categories(
+        numpy.random.RandomState(0).permutation(100_000).astype("f4") * numpy.complex64(1 + 1j)
+    ),
+    "integers of one hash as objects": categories(of_one_hash_in_objects(50_000)),
+    "floats of one hash as objects": categories(of_one_hash_in_objects(50_000, float)),
+    "tuples of one hash": categories(of_one_hash_in_objects(50_000, lambda n: (n,))),
+    "moments of one hash": categories(
+        of_one_hash_in_objects(30_000, lambda n: pandas.Timestamp(n | 1))
+    ),
+    "a level of one hash": levels(
+        [index(pandas.Index, data=of_one_hash_in_objects(50_000))], [numpy.zeros(1, "i4")]
+    ),
     "dates of one hash": categories(
         pandas.DatetimeIndex(of_one_hash(200_000))._data, pandas.DatetimeIndex
     ),
@@ -479,6 +505,28 @@ def test_loading_ends_in_time_whatever_one_opcode_asks_for(name):
         return "loaded"
 
     assert in_a_child(load, 6) == "refused"
+
+
+# --- what is read as a text, and looked for elsewhere ------------------------------------
+
+
+@pytest.mark.parametrize("subtype", ["datetime64[ns, dateutil/%s]", "period[D]", "Sparse[float]"])
+def test_no_file_is_opened_for_what_intervals_are_of(subtype, tmp_path):
+    zone = tmp_path / "zone"
+    zone.write_bytes(b"TZif")
+    text = subtype % zone if "%" in subtype else subtype
+    data = pickle.dumps(MadeAnew(pandas.IntervalDtype, {"subtype": text, "closed": "right"}), 4)
+
+    def load():
+        opened = []
+        sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+        try:
+            load_data(data)
+        except Refused:
+            return "refused" if str(zone) not in map(str, opened) else "opened"
+        return "loaded"
+
+    assert in_a_child(load, 20) == "refused"
 
 
 # --- what ends by recursion in C when it is dropped -------------------------------------

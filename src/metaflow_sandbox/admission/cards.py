@@ -20,9 +20,12 @@ from ..errors import Rejected
 
 #: Scripts of one card, each of which gets a guard and a hash, and bytes of a wrapped one.
 SCRIPTS, WRAPPED = 1000, 64 << 20
+# The global object by what no declaration of a card's can take the place of, as a module's own
+# `function window(){}` does.
 _GUARD = (
-    '{for(const name of ["RTCPeerConnection","webkitRTCPeerConnection","mozRTCPeerConnection"])'
-    "delete window[name];}"
+    '{const all=(function(){}).constructor("return this")();'
+    'for(const name of ["RTCPeerConnection","webkitRTCPeerConnection","mozRTCPeerConnection"])'
+    "delete all[name];}"
 )
 _STRICT = re.compile(r"""\s*(["'])use strict\1""")
 _SCRIPT = re.compile(r"<script(?=[\s/>])", re.IGNORECASE)

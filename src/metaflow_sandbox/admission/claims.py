@@ -10,6 +10,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from ..errors import Rejected
 from .text import harmless
@@ -37,8 +38,10 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         raise Rejected("the record of the artifacts is not what Metaflow writes")
     kept: dict[str, Any] = {}
     for name, sha in objects.items():
-        # Names become parts of file names in the metadata.
-        if not name.isidentifier() or len(name.encode()) > 200 or not name.isprintable():
+        # Names become parts of file names in the metadata, and of a class in Metaflow's client,
+        # where Python takes those that look alike for one.
+        proper = name.isidentifier() and name.isprintable() and normalize("NFKC", name) == name
+        if not proper or len(name.encode()) > 200:
             raise Rejected(f"an artifact has the name {harmless(name)}")
         if not isinstance(sha, str) or not SHA.match(sha) or not isinstance(info.get(name), dict):
             raise Rejected(f"the artifact {harmless(name)} has no proper record")

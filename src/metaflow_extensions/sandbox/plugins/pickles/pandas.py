@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -167,12 +168,23 @@ def _unhashed(machine: Machine, index: Any) -> None:
         raise odd("an index has labels")
     machine.charge(_HASHED * len(index))
     if index.dtype == object:
-        machine.keys(list(index), index)
+        labels = list(index)
+        machine.keys(labels, index)
+        _spread_objects(labels)
     elif isinstance(index, pandas.IntervalIndex):
         _spread(index.left)
         _spread(index.right)
     elif not isinstance(index, pandas.RangeIndex):
         _spread(index)
+
+
+def _spread_objects(labels: list[Any]) -> None:
+    """Makes sure that objects don't collide by pandas' hash, which is half of Python's."""
+    from pandas._libs.hashtable import object_hash
+
+    found = Counter(object_hash(label) & 0xFFFFFFFF for label in labels)
+    if max(found.values(), default=0) > COLLISIONS:
+        raise Refused("the pickle has labels that are made to collide")
 
 
 def _spread(index: Any) -> None:
@@ -186,13 +198,15 @@ def _spread(index: Any) -> None:
         values = values.view("i8")
     if values.dtype.kind in "iu":
         hashes = (values >> 33) ^ values ^ (values << 11)
-    elif values.dtype.kind in "fc":
-        words = values.view("u4").reshape(len(values), -1) * numpy.uint32(_MURMUR)
+    elif values.dtype.kind == "f":
+        words = values.view("u4").reshape(len(values), 2) * numpy.uint32(_MURMUR)
         words = (words ^ (words >> 24)) * numpy.uint32(_MURMUR)
-        low, high = words[:, 0::2], words[:, 1::2]
+        low, high = words[:, 0], words[:, 1]
         hashes = (low ^ numpy.uint32(_MURMUR_SEED)) * numpy.uint32(_MURMUR) ^ high
         hashes = (hashes ^ (hashes >> 13)) * numpy.uint32(_MURMUR)
-        hashes = numpy.bitwise_xor.reduce(hashes ^ (hashes >> 15), axis=1)
+        hashes = hashes ^ (hashes >> 15)
+    elif values.dtype.kind == "c":  # so few are in use that how many collide is not worth knowing
+        hashes = numpy.zeros(len(values))
     else:
         return
     if numpy.unique(hashes.astype("u4"), return_counts=True)[1].max() > COLLISIONS:
@@ -424,10 +438,16 @@ def _interval_dtype(machine: Machine, args: tuple[Any, ...]) -> Pending:
     only(args)
 
     def finish(state: Any) -> Any:
+        import numpy
         import pandas
 
         fields = fields_of(state, "subtype", "closed")
-        return pandas.IntervalDtype(fields["subtype"], fields["closed"])
+        subtype = fields["subtype"]
+        # By a text, pandas would look for a dtype, and for a time zone in a file of that name.
+        kinds = (numpy.dtype, pandas.DatetimeTZDtype)
+        if not isinstance(subtype, kinds) or subtype.kind not in "iufmM":
+            raise odd("a dtype has intervals")
+        return pandas.IntervalDtype(subtype, fields["closed"])
 
     return Pending("pandas.IntervalDtype", finish)
 
