@@ -21,7 +21,7 @@ import pytest
 
 from metaflow_sandbox.backends import registry
 from metaflow_sandbox.backends.base import SandboxSpec
-from metaflow_sandbox.backends.boxlite import Boxlite, build, faults, images, processes
+from metaflow_sandbox.backends.boxlite import Boxlite, build, faults, images, operation, processes
 from metaflow_sandbox.backends.boxlite.runtime import Runtime, cache
 from metaflow_sandbox.backends.bubblewrap.program import candidates
 from metaflow_sandbox.errors import BackendUnavailable, NotEnforceable, SandboxError, SandboxGone
@@ -559,3 +559,18 @@ def test_a_layer_is_put_upon_those_of_its_image(layout, tmp_path):
     assert config["config"]["Cmd"] == ["/pause"]
     for part in (manifest["config"], *manifest["layers"]):
         assert (made / "blobs" / part["digest"].replace(":", "/")).is_file()
+
+
+@pytest.mark.anyio
+async def test_an_error_of_boxlites_is_raised_by_itself():
+    """In a group, nothing would say what it means."""
+
+    class Life:
+        async def over(self):
+            await anyio.sleep_forever()
+
+    async def call():
+        raise sdk.BoxliteError("stopped")
+
+    with pytest.raises(sdk.BoxliteError):
+        await operation.unless_over(Life(), call)

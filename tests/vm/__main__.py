@@ -6,9 +6,11 @@ checked doesn't hold, if the flow did not run to its end, or if nothing could be
     python tests/vm [flow] [contract]      both unless named
 
 MACHINE_SECONDS is how long it may take in all, a machine that is there already; 840.
+MACHINE_TESTS is which tests of the contract, as pytest's -k takes them.
 """
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import machine  # noqa: E402
 
+TESTS = os.environ.get("MACHINE_TESTS")
 SECONDS = int(os.environ.get("MACHINE_SECONDS") or 840)
 
 SCRIPT = """
@@ -23,6 +26,7 @@ ulimit -n 65536
 printf '/opt/packages\\n/work/packages\\n' > /usr/local/lib/python3.11/dist-packages/vm.pth
 export METAFLOW_USER=vm METAFLOW_DEFAULT_DATASTORE=local TMPDIR=/var/tmp LANG=C.UTF-8
 export PYTHONDONTWRITEBYTECODE=1
+echo "127.0.1.1 $(hostname)" >> /etc/hosts
 uname -r; ls -l /dev/kvm
 """
 FLOW = """
@@ -35,7 +39,7 @@ cd ..
 CONTRACT = """
 export VM_IMAGE=/opt/guest VM_SHARED=1 SUITE=all
 VM_SECONDS=$(({seconds} - 60 - $(cut -d. -f1 /proc/uptime))) \\
-    python3 -m pytest -v -m integration -p no:cacheprovider tests/vm/test_contract.py
+    python3 -m pytest -v -m integration -p no:cacheprovider tests/vm/test_contract.py {tests}
 echo "machine: the contract ended with $?"
 """
 
@@ -45,13 +49,14 @@ def main() -> int:
         print(f"test-vm: NOTHING WAS CHECKED: {problem}", file=sys.stderr)
         return 1
     machine.build()
+    tests = f"-k {shlex.quote(TESTS)}" if TESTS else ""
     parts = sys.argv[1:] or ["flow", "contract"]
     script, expected = SCRIPT, []
     if "flow" in parts:
         script += FLOW.format(seconds=int((SECONDS - 60) * machine.clock()))
         expected += ["machine: the flow ended with 0", "guest: squares [9, 16]"]
     if "contract" in parts:
-        script += CONTRACT.format(seconds=int(SECONDS * machine.clock()))
+        script += CONTRACT.format(seconds=int(SECONDS * machine.clock()), tests=tests)
         expected += ["machine: the contract ended with 0"]
     start = time.monotonic()
     lines = machine.boot(script, SECONDS)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import anyio
 import anyio.lowlevel
 
+from ...concurrency import plain_errors
 from ...errors import ProtocolError, SandboxGone
 from .inside import PIECE
 from .processes import settled
@@ -83,16 +84,17 @@ async def unless_over(life: Life, call: Callable[[], Awaitable[T]]) -> T:
         SandboxGone: the microVM ended first.
     """
     result: list[T] = []
-    async with anyio.create_task_group() as tasks:
+    with plain_errors():
+        async with anyio.create_task_group() as tasks:
 
-        async def watch() -> None:
-            await life.over()
+            async def watch() -> None:
+                await life.over()
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch)
+            with contextlib.suppress(StopAsyncIteration):
+                result.append(await call())
             tasks.cancel_scope.cancel()
-
-        tasks.start_soon(watch)
-        with contextlib.suppress(StopAsyncIteration):
-            result.append(await call())
-        tasks.cancel_scope.cancel()
     await anyio.lowlevel.checkpoint_if_cancelled()
     if not result:
         raise SandboxGone("the microVM has ended", op="exec")
