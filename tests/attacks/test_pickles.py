@@ -573,7 +573,7 @@ def loaded_and_dropped(load, data):
 
 DEEP = {
     "deque": deep(200_000, KINDS["deque"]),
-    "defaultdict": deep(100_000, KINDS["defaultdict"]),
+    "defaultdict": deep(300_000, KINDS["defaultdict"]),
     "array": deep(20_000, KINDS["array"]),
     "all of them": deep(20_000, *KINDS.values()),
     "linked": linked(200_000),

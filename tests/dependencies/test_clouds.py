@@ -38,7 +38,8 @@ def test_what_a_build_that_was_killed_leaves_is_listed_and_ended_by_gc(
 ):
     project.environment |= daytona.environment
     packages = '@pypi(packages={"tomli": "2.0.1"})'
-    write_flow(project, ["@daytona", packages], kind="pypi", before="from metaflow import daytona")
+    alone = "@daytona(setup=['true'])"  # of which no other test has made anything here
+    write_flow(project, [alone, packages], kind="pypi", before="from metaflow import daytona")
     daytona.fault("POST .*/files/bulk-upload", delay=60)
     process = project.start("flow.py", "--environment=pypi", "run")
     while not (found := [i for i in daytona.living() if is_builder(daytona, i)]):
