@@ -148,7 +148,8 @@ class Project:
     def leases(self):
         base = self.temporary / f"metaflow-sandbox-{os.getuid()}"
         there = sorted(p.name for p in base.iterdir()) if base.exists() else []
-        return [name for name in there if not name.startswith("places-")]  # empty lock files
+        # Its name, and empty lock files, which stay.
+        return [n for n in there if n != "identity" and not n.startswith("places-")]
 
     def processes(self):
         """Processes on this machine that belong to this project: by their variables or files."""

@@ -43,7 +43,7 @@ def kill(ids: tuple[str, ...], backend: tuple[str, ...]) -> None:
 @click.option("--backend", multiple=True, help="Look only there.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be ended.")
 def gc(backend: tuple[str, ...], dry_run: bool) -> None:
-    """Ends sandboxes whose time is over, or whose run on this machine has ended.
+    """Ends sandboxes whose time is over, or whose run has ended, of this user on this machine.
 
     And removes environments beyond what the cache may have.
     """

@@ -59,6 +59,18 @@ def base() -> Path:
     return path
 
 
+def identity() -> str:
+    """A name of `base` that no other directory has: of another user, TMPDIR or container.
+
+    Raises:
+        SandboxError: as `base`.
+    """
+    path = base() / "identity"
+    with contextlib.suppress(FileExistsError):
+        os.symlink(uuid.uuid4().hex, path)  # there at once as a whole, which a file isn't
+    return os.readlink(path)
+
+
 class Lease:
     """A directory of this process. `release` removes it; so does the next `living`."""
 

@@ -12,15 +12,18 @@ from pathlib import Path
 from .backends import registry
 from .backends.base import Backend, SandboxInfo
 from .errors import SandboxError
-from .leases import living
+from .leases import identity, living
 
 # Labels that every sandbox of a step has, beside those that name the step.
 _OWNER, _HOST, _EXPIRES = "metaflow-owner", "metaflow-host", "metaflow-expires"
 
 
 def _host() -> str:
-    """This machine, in a form that says nothing about it."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:12]
+    """Where the leases of this user's runs are, in a form that says nothing about the machine.
+
+    The name of the machine alone is also that of other users, whose leases nobody sees here.
+    """
+    return hashlib.sha256(f"{platform.node()} {identity()}".encode()).hexdigest()[:12]
 
 
 def ownership(workspace: Path, lifetime: float) -> dict[str, str]:
@@ -70,7 +73,7 @@ async def find(
 
 
 def is_orphan(found: Found, owners: set[str]) -> bool:
-    """Whether a sandbox's time is over, or its run on this machine has ended.
+    """Whether a sandbox's time is over, or its run, of this user on this machine, has ended.
 
     Args:
         owners: names of the leases of living runs.

@@ -14,6 +14,7 @@ from metaflow_sandbox import cli, manage
 from metaflow_sandbox.backends.base import SandboxInfo, SandboxSpec
 from metaflow_sandbox.backends.bubblewrap import Bubblewrap
 from metaflow_sandbox.errors import SandboxError
+from metaflow_sandbox.leases import Lease, living
 from metaflow_sandbox.manage import Found
 
 COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
@@ -122,6 +123,24 @@ def test_what_nobody_wants_is_collected(project, command, monkeypatch):
                 await sandbox.destroy()
 
     anyio.run(leave_and_collect)
+
+
+def test_only_where_the_leases_of_a_run_are_is_its_sandbox_an_orphan(tmp_path, monkeypatch):
+    """Others may see it too, with the same account or engine: another user, or TMPDIR."""
+
+    def temporary(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / name))
+        return {path.name for path in living("run")}
+
+    temporary("mine")
+    run = Lease("run")
+    found = Found("cloud", SandboxInfo("id", manage.ownership(run.path, 3600), None))
+    assert not manage.is_orphan(found, temporary("another"))
+    assert not manage.is_orphan(found, temporary("mine"))
+    run.release()
+    assert not manage.is_orphan(found, temporary("another"))
+    assert manage.is_orphan(found, temporary("mine"))
 
 
 def test_one_that_can_not_be_ended_keeps_no_other_alive(monkeypatch):
