@@ -47,11 +47,13 @@ def gc(backend: tuple[str, ...], dry_run: bool) -> None:
 
     And removes environments beyond what the cache may have.
     """
-    collect(backend, {}, dry_run)
-    if not dry_run:
-        with _plainly():
-            for entry in cache.bound():
-                click.echo(f"removed the environment {entry.key} ({entry.bytes >> 20} MB)")
+    with _plainly():
+        try:
+            collect(backend, {}, dry_run)
+        finally:  # a backend in trouble has nothing to do with the cache
+            if not dry_run:
+                for entry in cache.bound():
+                    click.echo(f"removed the environment {entry.key} ({entry.bytes >> 20} MB)")
 
 
 @main.group(invoke_without_command=True, name="cache")
@@ -114,7 +116,8 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     NAME is what the run printed; a COMMAND runs in the place of the shell. The files
     and what runs there are the step's: what they print goes to your terminal as it is.
     """
-    enter(backend, name, command)
+    with _plainly():
+        enter(backend, name, command)
 
 
 @main.command()
@@ -209,58 +212,67 @@ def end(ids: tuple[str, ...], backends: tuple[str, ...], labels: Mapping[str, st
     """Ends the sandboxes with these ids."""
     found, problems = anyio.run(manage.find, backends or registry.names(), labels)
     known = {f.info.id: f for f in found}
-    _destroy([known[sandbox_id] for sandbox_id in ids if sandbox_id in known])
-    _report(problems, backends)
+    failures = _destroy([known[sandbox_id] for sandbox_id in ids if sandbox_id in known])
     if missing := [i for i in ids if i not in known]:
-        raise click.ClickException(f"there is no sandbox {', '.join(missing)}")
+        failures.append(f"there is no sandbox {', '.join(missing)}")
+    _report(problems, backends, failures)
 
 
 def collect(backends: tuple[str, ...], labels: Mapping[str, str], dry_run: bool) -> None:
-    """Ends the sandboxes that nobody wants, or says which."""
+    """Ends the sandboxes that nobody wants, or says which.
+
+    Raises:
+        SandboxError: it can't be known which runs live.
+    """
     found, problems = anyio.run(manage.orphans, backends or registry.names(), labels)
+    failures = []
     if dry_run:
         for item in found:
             click.echo(f"would end {item.backend} {item.info.id} ({item.pathspec})")
     else:
-        _destroy(found)
-    _report(problems, backends)
+        failures = _destroy(found)
+    _report(problems, backends, failures)
 
 
 def enter(backend: str, name: str, command: tuple[str, ...]) -> None:
-    """Runs a command, or a shell, in what was kept of a sandbox; exits with its exit code."""
+    """Runs a command, or a shell, in what was kept of a sandbox; exits with its exit code.
+
+    Raises:
+        SandboxError: there is no such sandbox, or no terminal for a shell.
+    """
     if not command and not sys.stdin.isatty():
-        raise click.ClickException(
-            f"there is no terminal for a shell: give a command, such as {name} sh -c 'ls; pwd'"
+        raise SandboxError(
+            f"there is no terminal for a shell: give a command, such as {name} sh -c 'ls; pwd'",
+            op="shell",
         )
-    try:
-        argv = command[1:] if command[:1] == ("--",) else command
-        code = anyio.run(registry.load(backend).shell, name, argv or ("sh",))
-    except SandboxError as e:
-        raise click.ClickException(str(e)) from None
-    sys.exit(code)
+    argv = command[1:] if command[:1] == ("--",) else command
+    sys.exit(anyio.run(registry.load(backend).shell, name, argv or ("sh",)))
 
 
-def _destroy(found: Sequence[manage.Found]) -> None:
-    """Ends sandboxes; one that can't be ended keeps no other alive."""
-    failed = []
+def _destroy(found: Sequence[manage.Found]) -> list[str]:
+    """Ends sandboxes, and says which live on: one that can't be ended keeps no other alive."""
+    failures = []
     for item in found:
         what = f"{item.backend} {item.info.id} ({item.pathspec})"
         try:
             anyio.run(manage.destroy, item)
             click.echo(f"ended {what}")
         except SandboxError as e:
-            failed.append(f"{what} lives on: {e}")
-    if failed:
-        raise click.ClickException("\n".join(failed))
+            failures.append(f"{what} lives on: {e}")
+    return failures
 
 
-def _report(problems: Mapping[str, SandboxError], named: tuple[str, ...]) -> None:
-    """Says which backends could not be asked. Exits with 1 if one of them was named."""
+def _report(
+    problems: Mapping[str, SandboxError], named: tuple[str, ...], failures: Sequence[str] = ()
+) -> None:
+    """Says what went wrong. Exits with 1 after a failure, or if a named backend wasn't asked."""
     for name, problem in problems.items():
         if problem.code == NOT_SET_UP and name not in named:
             continue  # whoever doesn't use it has nothing there
         click.echo(f"{name} could not be asked: {problem}", err=True)
-    if set(problems) & set(named):
+    for failure in failures:
+        click.echo(failure, err=True)
+    if failures or set(problems) & set(named):
         sys.exit(1)
 
 

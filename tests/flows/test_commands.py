@@ -1,6 +1,7 @@
 """The commands that look after sandboxes."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -167,6 +168,49 @@ def test_an_id_that_is_not_there_is_said(command):
     done = command("kill", "nothing")
     assert done.returncode == 1
     assert "there is no sandbox nothing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["kill", "nothing"], "there is no sandbox nothing"),
+        (["shell", "1/start/1"], "there is no terminal for a shell"),
+        (["shell", "1/start/1", "true"], "1/start/1"),
+        (["shell", "--backend", "none", "1/start/1", "true"], "'none'"),
+        (["gc"], "is not a private directory of yours"),
+    ],
+)
+def test_a_flow_says_what_is_wrong_in_one_line(project, arguments, said):
+    project.write("flow.py", FLOW)
+    elsewhere = project.directory / "elsewhere"
+    (elsewhere / f"metaflow-sandbox-{os.getuid()}").mkdir(parents=True, mode=0o755)
+    done = project.run("flow.py", "sandbox", *arguments, env={"TMPDIR": str(elsewhere)})
+    assert done.code == 1
+    assert said in done.output
+    assert "Traceback" not in done.output
+
+
+def test_all_that_went_wrong_is_said_and_keeps_nothing_from_its_work(monkeypatch):
+    found = [Found("cloud", SandboxInfo("stuck", {}, None))]
+    bounded = []
+
+    async def find(*_):
+        return found, {"far": SandboxError("no answer", op="list")}
+
+    async def destroy(_):
+        raise SandboxError("not now", op="destroy")
+
+    monkeypatch.setattr(manage, "find", find)
+    monkeypatch.setattr(manage, "orphans", find)
+    monkeypatch.setattr(manage, "destroy", destroy)
+    monkeypatch.setattr("metaflow_sandbox.cache.bound", lambda: bounded.append(1) or [])
+    for argv in (["kill", "stuck", "other", "--backend", "far"], ["gc", "--backend", "far"]):
+        done = CliRunner().invoke(cli.main, argv)
+        assert done.exit_code == 1
+        assert "far could not be asked: no answer" in done.output
+        assert "stuck" in done.output and "lives on: not now" in done.output
+        assert ("there is no sandbox other" in done.output) == (argv[0] == "kill")
+    assert bounded == [1]
 
 
 def test_doctor_says_what_works_and_what_would_help(command):

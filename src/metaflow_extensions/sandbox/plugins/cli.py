@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +86,8 @@ def kill(ctx: Any, ids: tuple[str, ...]) -> None:
 def gc(ctx: Any, dry_run: bool) -> None:
     from metaflow_sandbox import cli
 
-    cli.collect((), {"metaflow-flow": ctx.obj.flow.name}, dry_run)
+    with _plainly():
+        cli.collect((), {"metaflow-flow": ctx.obj.flow.name}, dry_run)
 
 
 @sandbox.command(
@@ -97,4 +100,16 @@ def gc(ctx: Any, dry_run: bool) -> None:
 def shell(task: str, command: tuple[str, ...], backend: str) -> None:
     from metaflow_sandbox import cli
 
-    cli.enter(backend, task, command)
+    with _plainly():
+        cli.enter(backend, task, command)
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """Metaflow prints an error of its own click as one, and any other with a traceback."""
+    from metaflow_sandbox.errors import SandboxError
+
+    try:
+        yield
+    except SandboxError as e:
+        raise click.ClickException(str(e)) from None
