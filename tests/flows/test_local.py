@@ -247,6 +247,31 @@ def test_what_limited_a_step_is_recorded(project):
     assert limits in done.output or limits == "watcher"
 
 
+@pytest.mark.parametrize("no", ["false", "False"])
+def test_with_may_say_no_in_either_spelling(project, no):
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, step
+
+        class No(FlowSpec):
+            @step
+            def start(self):
+                self.next(self.end)
+
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            No()
+        """,
+    )
+    project.run("flow.py", "run", "--with", f"bubblewrap:network={no},cache={no}").ok()
+    known = project.client('answer = Flow("No").latest_run["end"].task.metadata_dict')
+    assert known["sandbox-network"] == "none"
+
+
 def test_an_interpreter_may_be_named_by_a_path_with_dots(project):
     """As `../venv/bin/python flow.py` does."""
     project.write(

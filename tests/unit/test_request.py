@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from metaflow import metaflow_config
@@ -13,6 +14,7 @@ from metaflow_extensions.sandbox.plugins.decorators import (
     E2BDecorator,
     SandboxDecorator,
     SandboxException,
+    _with_specs,
 )
 from metaflow_sandbox.backends.base import (
     Capabilities,
@@ -56,6 +58,8 @@ GOOD = [
     ("env", {"A": "", "B": "a\nvalue=ü"}, {"A": "", "B": "a\nvalue=ü"}),
     ("network", True, True),
     ("network", False, False),
+    ("network", "False", False),
+    ("network", "true", True),
     ("network", "api.openai.com", ("api.openai.com",)),
     ("network", ["PyPI.org", "*.pythonhosted.org"], ("pypi.org", "*.pythonhosted.org")),
     ("network", ["93.184.216.34", "xn--bcher-kva.example", "a-b.c_d.e"], ...),
@@ -68,6 +72,7 @@ GOOD = [
     ("setup", ["apt-get update", "apt-get install -y git"], ...),
     ("cache", True, True),
     ("cache", False, False),
+    ("cache", "False", False),
     ("keep", "on-failure", "on-failure"),
     ("executable", "/usr/bin/python3.12", "/usr/bin/python3.12"),
 ]
@@ -78,6 +83,19 @@ def test_a_good_value_is_taken(name, value, expected):
     expected = tuple(value) if expected is ... else expected
     found = getattr(a_request(**{name: value}), name)
     assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("written", ["network=false", "network=False", 'network=["a.b"]'])
+def test_what_with_gives_is_the_same_in_the_process_that_it_is_handed_on_to(written):
+    given = SandboxDecorator.parse_decorator_spec(f"{written},cache=false")
+    given.external_init()
+    step = SimpleNamespace(decorators=[given])
+    ((_, _, handed_on),) = [spec.partition(":") for spec in _with_specs([step])]
+    received = SandboxDecorator.parse_decorator_spec(handed_on)
+    received.external_init()
+    request = Request.from_decorator(received, [received])
+    assert request == Request.from_decorator(given, [given])
+    assert request.cache is False
 
 
 def test_nothing_asked_is_nothing_in_the_request():

@@ -83,7 +83,13 @@ def _environment(value: Any) -> tuple[str, ...] | dict[str, str]:
     return tuple(names)
 
 
+def _spoken(value: Any) -> Any:
+    """A boolean that came as text: `--with` knows only "false", and Metaflow hands on "False"."""
+    return {"true": True, "false": False}.get(value.lower(), value) if type(value) is str else value
+
+
 def _network(value: Any) -> bool | tuple[str, ...]:
+    value = _spoken(value)
     if isinstance(value, bool):
         return value
     hosts = [value] if isinstance(value, str) and ("." in value or ":" in value) else value
@@ -120,6 +126,7 @@ def _list_of_text(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _flag(name: str, value: Any) -> bool:
+    value = _spoken(value)
     if not isinstance(value, bool):
         raise InvalidParameter(f"{name}={value!r}: give True or False.")
     return value
