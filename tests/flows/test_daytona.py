@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import anyio
 import metaflow  # noqa: F401 - before what extends it
@@ -639,6 +640,18 @@ async def test_an_installation_is_done_once_and_found_by_launchers_that_come_tog
         assert done.stdout == b"a wheelbase\n"
     finally:
         await sandbox.destroy()
+
+
+@pytest.mark.anyio
+async def test_other_packages_are_installed_on_the_same_snapshot(cloud, backend, tmp_path):
+    (tmp_path / "script").write_text("true")
+    where = f"{backend.work}/in"
+    plain = Recipe(setup=(f"echo {tmp_path.name}",))
+    lock = replace(plain, files={where: tmp_path}, install=("sh", f"{where}/script"), prefix="/env")
+    before = cloud.state()["builds"]
+    recipes = (plain, replace(lock, contents="one lock"), replace(lock, contents="another"))
+    names = {(await backend.prepare(recipe)).image for recipe in recipes}
+    assert (len(names), cloud.state()["builds"] - before) == (3, 1)
 
 
 @pytest.mark.anyio

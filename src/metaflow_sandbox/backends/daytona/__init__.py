@@ -213,7 +213,7 @@ class Daytona(Backend):
             return Prepared()  # the account's default snapshot
         image = recipe.image or self._default_image()
         refuse_latest(image, self.name)
-        base = replace(recipe, files={}, install=(), prefix=None)
+        base = replace(recipe, files={}, install=(), prefix=None, contents="")
         name = await anyio.to_thread.run_sync(snapshots.name_of, base, size, image)
         async with self.clients.one() as sdk:
             await snapshots.make(sdk, name, base, size, image, say)
