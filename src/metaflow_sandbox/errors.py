@@ -17,7 +17,7 @@ from __future__ import annotations
 
 #: The code of a `SandboxError` that passes when somebody's sandbox ends, in minutes or hours.
 NO_PLACE = "no_place"
-#: The code of a `BackendUnavailable` whose user never meant to use it: no key, no SDK.
+#: The code of a `BackendUnavailable` whose user never meant to use it: no key, SDK or program.
 NOT_SET_UP = "not_set_up"
 
 

@@ -332,6 +332,21 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+def test_nothing_is_said_of_backends_that_nobody_set_up(project, command):
+    """Without keys, and without docker or podman on the PATH."""
+    bare = {"PATH": str(project.directory)}
+    blocked = project.directory / "blocked"
+    blocked.mkdir()
+    (blocked / "sitecustomize.py").write_text(NO_SDKS)
+    for env in (bare, {**bare, "PYTHONPATH": str(blocked)}):
+        done = command("list", env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+    half = {"METAFLOW_SANDBOX_DOCKER": "mine", "DAYTONA_JWT_TOKEN": "of no organization"}
+    done = command("list", env={**bare, **half})
+    assert "docker could not be asked: there is no mine on the PATH" in done.stderr
+    assert "DAYTONA_ORGANIZATION_ID is required" in done.stderr
+
+
 def test_a_backend_whose_sdk_is_not_installed_keeps_nobody_from_the_others(project, command):
     """As after `pip install metaflow-sandbox[local]`, which is what most people have."""
     blocked = project.directory / "blocked"

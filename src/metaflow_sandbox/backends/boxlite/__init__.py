@@ -18,7 +18,7 @@ from typing import Any
 
 from anyio.from_thread import BlockingPortalProvider
 
-from ...errors import BackendUnavailable, NotEnforceable
+from ...errors import NOT_SET_UP, BackendUnavailable, NotEnforceable
 from ...leases import living
 from ..base import (
     IN_IMAGES,
@@ -107,6 +107,7 @@ class Boxlite(Backend):
             raise BackendUnavailable(
                 f"boxlite is not installed ({e}). Install it with\n"
                 '  pip install "metaflow-sandbox[boxlite]"',
+                code=NOT_SET_UP,
                 op="preflight",
             ) from e
 

@@ -14,7 +14,7 @@ from urllib.request import getproxies
 
 import anyio
 
-from ...errors import BackendUnavailable, SandboxError
+from ...errors import NOT_SET_UP, BackendUnavailable, SandboxError
 from . import faults
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class Clients:
             raise BackendUnavailable(
                 f"Daytona's SDK is not installed ({e}). Install it with: "
                 'pip install "metaflow-sandbox[daytona]"',
+                code=NOT_SET_UP,
                 op="load",
             ) from e
         loop = get_running_loop()
@@ -115,10 +116,11 @@ class Clients:
         try:
             client = made()
         except Exception as e:
+            keys = {"DAYTONA_API_KEY", "DAYTONA_JWT_TOKEN"} & os.environ.keys()
             raise BackendUnavailable(
                 "there is no key for Daytona: make one at https://app.daytona.io/dashboard/keys, "
                 f"and export DAYTONA_API_KEY=… ({e})",
-                code="no_key",
+                code=None if keys else NOT_SET_UP,
                 op="load",
                 retryable=False,
             ) from None

@@ -15,7 +15,7 @@ from typing import Any
 import anyio
 from metaflow import metaflow_config
 
-from ...errors import BackendUnavailable, SandboxError
+from ...errors import NOT_SET_UP, BackendUnavailable, SandboxError
 from ...text import printable
 
 _INFO_SECONDS = 60.0
@@ -43,6 +43,7 @@ def find_program() -> str:
     raise BackendUnavailable(
         f"there is no {' and no '.join(names)} on the PATH. Install Docker "
         "(https://docs.docker.com/engine/install/) or Podman (sudo apt install podman).",
+        code=None if asked else NOT_SET_UP,
         op="preflight",
     )
 
