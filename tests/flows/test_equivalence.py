@@ -182,3 +182,39 @@ def test_the_runner_api_works(everything):
         """
     )
     assert answer == ["successful", 3]
+
+
+@pytest.mark.parametrize("inside", [[], ["--with", "sandbox"]], ids=["outside", "inside"])
+def test_a_foreach_may_have_its_name_in_a_variable(project, inside):
+    project.write(
+        "flow.py",
+        """
+        from metaflow import FlowSpec, step
+
+        FIELD = "numbers"
+
+        class Variable(FlowSpec):
+            @step
+            def start(self):
+                self.numbers = [1, 2]
+                self.next(self.double, foreach=FIELD)
+
+            @step
+            def double(self):
+                self.doubled = 2 * self.input
+                self.next(self.join)
+
+            @step
+            def join(self, inputs):
+                print("DOUBLED", [i.doubled for i in inputs])
+                self.next(self.end)
+
+            @step
+            def end(self):
+                pass
+
+        if __name__ == "__main__":
+            Variable()
+        """,
+    )
+    assert "DOUBLED [2, 4]" in project.run("flow.py", "run", *inside).ok().output

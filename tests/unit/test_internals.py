@@ -258,6 +258,23 @@ def splits(**values):
     return admit(a_position(FOREACH), delivered)
 
 
+def test_the_name_that_a_foreach_has_in_a_variable_is_what_the_step_says():
+    delivered = a_delivery(**HONEST, _transition=(["body"], "items"))
+    admitted = admit(a_position(a_node("foreach", ["body"])), delivered)
+    assert admitted["_transition"] == (["body"], "items")
+    assert admitted["_foreach_var"] == "items"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [None, "", "a b", "a.b", "1a", "\x1b[31m", "x" * 1001, "_parallel_ubf_iter", "_exception", 5],
+)
+def test_a_foreach_goes_over_nothing_that_is_no_name_of_an_artifact(name):
+    delivered = a_delivery(**HONEST, _transition=(["body"], name))
+    with pytest.raises(Rejected):
+        admit(a_position(a_node("foreach", ["body"])), delivered)
+
+
 @pytest.mark.parametrize("count", [1, 2, 1000, MAX_SPLITS])
 def test_a_foreach_splits_into_as_many_as_the_step_says(count):
     admitted = splits(_foreach_num_splits=count)

@@ -130,6 +130,16 @@ class Delivered:
             raise Rejected("the step's self.next goes where the flow doesn't")
         return targets, foreach
 
+    def foreach(self) -> str | None:
+        """The artifact that a foreach goes over, where the flow's source doesn't have its name."""
+        value = self.get("_transition")
+        if value is None:
+            return None
+        name = value[1]
+        if name is None or not name.isidentifier() or name in FORBIDDEN | INTERNAL:
+            raise Rejected("the step's self.next has a foreach over no artifact of the flow's")
+        return str(name)
+
     def chosen(self, targets: list[str]) -> str:
         """The step that a switch chose, out of those that the graph allows."""
         value = self.get("_transition")
@@ -168,8 +178,10 @@ def admit(position: Position, delivered: Delivered) -> dict[str, Any]:
         count = delivered.splits("_foreach_num_splits")
         values["_foreach_num_splits"] = count
         values["_foreach_values"] = delivered.texts("_foreach_values", count)
-        values["_foreach_var"] = node.foreach_param
-        values["_transition"] = delivered.transition(list(node.out_funcs), node.foreach_param)
+        # Metaflow's graph has no name where the flow gives it by a variable.
+        over = node.foreach_param or delivered.foreach()
+        values["_foreach_var"] = over
+        values["_transition"] = delivered.transition(list(node.out_funcs), over)
     elif node.type == "split-switch":
         values["_transition"] = ([delivered.chosen(list(node.out_funcs))], None)
     elif node.out_funcs:
