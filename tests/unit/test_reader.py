@@ -166,3 +166,32 @@ def test_it_has_little_memory_and_time_and_leaves_no_core(tmp_path):
     )
     pairs = [(limit, limit) for limit in (reader.MEMORY, reader.SECONDS, 0)]
     assert done.stdout.decode() == "{}" + " ".join(map(str, pairs)) + "\n"
+
+
+REFUSING = """
+import resource, sys
+real = resource.setrlimit
+def setrlimit(kind, limits):
+    if kind == getattr(resource, {refused!r}):
+        raise ValueError("current limit exceeds maximum limit")
+    real(kind, limits)
+resource.setrlimit, sys.platform = setrlimit, {platform!r}
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "refused", "goes_on"),
+    [
+        ("darwin", "RLIMIT_AS", True),
+        ("darwin", "RLIMIT_CPU", False),
+        ("linux", "RLIMIT_AS", False),
+    ],
+)
+def test_only_a_mac_may_refuse_a_limit_and_only_that_of_memory(platform, refused, goes_on):
+    program = REFUSING.format(platform=platform, refused=refused) + reader.PROGRAM
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program, PACKAGES],
+        input=b'{"items": []}',
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout) == ((0, b"{}") if goes_on else (1, b""))

@@ -130,11 +130,20 @@ def _record(file: str) -> dict[str, Any]:
         return {"refused": str(e)}
 
 
+def limit(kind: int, value: int) -> None:
+    """Limits this process. macOS has no limit of memory that it would hold a process to."""
+    try:
+        resource.setrlimit(kind, (value, value))
+    except (OSError, ValueError):
+        if kind != resource.RLIMIT_AS or sys.platform == "linux":
+            raise
+
+
 def main() -> None:
     """Answers one request."""
     request = json.load(sys.stdin)
     seconds = request.get("seconds", SECONDS)
-    for limit, value in (
+    for kind, value in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_NOFILE, FILES),
@@ -142,7 +151,7 @@ def main() -> None:
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(limit, (value, value))
+        limit(kind, value)
     if "blobs" in request:
         send(request["blobs"], request["limit"], sys.stdout.buffer)
         return

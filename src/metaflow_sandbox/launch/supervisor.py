@@ -101,8 +101,7 @@ class Supervisor:
 
     async def _receive(self, line: socket.socket, fds: list[int]) -> list[str] | None:
         """The words of a command; None: the run has ended."""
-        credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        if struct.unpack("3i", credentials)[1] != os.getuid():
+        if not _is_ours(line):
             raise EOFError
         await anyio.wait_readable(line)
         header, received, _, _ = socket.recv_fds(line, HEADER, 2)
@@ -234,6 +233,18 @@ def supervise(
 def _close_all(fds: list[int]) -> None:
     for fd in fds:
         os.close(fd)
+
+
+def _is_ours(line: socket.socket) -> bool:
+    """Whether this user has the other end.
+
+    Nobody else (but root) gets to the socket, which is in a directory of mode 0700. Linux
+    says it once more; macOS has no SO_PEERCRED.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return True
+    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return bool(struct.unpack("3i", credentials)[1] == os.getuid())
 
 
 def _listen(workspace: Path) -> socket.socket:
