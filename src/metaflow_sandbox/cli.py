@@ -47,7 +47,7 @@ def gc(backend: tuple[str, ...], dry_run: bool) -> None:
 
     And removes environments beyond what the cache may have.
     """
-    with _plainly():
+    with plainly():
         try:
             collect(backend, {}, dry_run)
         finally:  # a backend in trouble has nothing to do with the cache
@@ -66,7 +66,7 @@ def cache_command(context: click.Context, as_json: bool) -> None:
     megabytes.
     """
     if context.invoked_subcommand is None:
-        with _plainly():
+        with plainly():
             _show_cache(cache.entries(), as_json)
 
 
@@ -74,7 +74,7 @@ def cache_command(context: click.Context, as_json: bool) -> None:
 @click.argument("keys", nargs=-1)
 def clear_command(keys: tuple[str, ...]) -> None:
     """Removes the environments with these KEYS, or all; not those that a run uses."""
-    with _plainly():
+    with plainly():
         removed, kept = cache.clear(set(keys) if keys else None)
         if missing := set(keys) - {entry.key for entry in (*removed, *kept)}:
             raise click.ClickException(f"there is no environment {', '.join(sorted(missing))}")
@@ -116,7 +116,7 @@ def shell(name: str, command: tuple[str, ...], backend: str) -> None:
     NAME is what the run printed; a COMMAND runs in the place of the shell. The files
     and what runs there are the step's: what they print goes to your terminal as it is.
     """
-    with _plainly():
+    with plainly():
         enter(backend, name, command)
 
 
@@ -164,11 +164,12 @@ def release(artifact: str, classes: tuple[str, ...], everything: bool, yes: bool
 
 
 @contextlib.contextmanager
-def _plainly() -> Iterator[None]:
+def plainly(error: type[Exception] = click.ClickException) -> Iterator[None]:
+    """Raises errors of ours as one that a command line prints without a traceback."""
     try:
         yield
     except SandboxError as e:
-        raise click.ClickException(str(e)) from None
+        raise error(str(e)) from None
 
 
 def _show_cache(entries: list[cache.Entry], as_json: bool) -> None:

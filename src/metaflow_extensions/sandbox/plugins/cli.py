@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +84,7 @@ def kill(ctx: Any, ids: tuple[str, ...]) -> None:
 def gc(ctx: Any, dry_run: bool) -> None:
     from metaflow_sandbox import cli
 
-    with _plainly():
+    with cli.plainly(click.ClickException):  # Metaflow has a click of its own
         cli.collect((), {"metaflow-flow": ctx.obj.flow.name}, dry_run)
 
 
@@ -100,16 +98,5 @@ def gc(ctx: Any, dry_run: bool) -> None:
 def shell(task: str, command: tuple[str, ...], backend: str) -> None:
     from metaflow_sandbox import cli
 
-    with _plainly():
+    with cli.plainly(click.ClickException):  # Metaflow has a click of its own
         cli.enter(backend, task, command)
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """Metaflow prints an error of its own click as one, and any other with a traceback."""
-    from metaflow_sandbox.errors import SandboxError
-
-    try:
-        yield
-    except SandboxError as e:
-        raise click.ClickException(str(e)) from None
