@@ -33,7 +33,7 @@ FLOW = """
 mkdir -p flow; cp tests/vm/guests.py flow; cd flow
 timeout {seconds} python3 guests.py --no-pylint run --max-workers 1
 echo "machine: the flow ended with $?"
-ls -A /var/tmp/metaflow-sandbox-0 | grep -v places | sed 's/^/machine: left behind: /'
+find /var/tmp/metaflow-sandbox-0 -mindepth 1 -type d | sed 's/^/machine: left behind: /'
 cd ..
 """
 CONTRACT = """
