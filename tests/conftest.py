@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -164,6 +165,20 @@ class Project:
                 found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         return found
 
+    def ended_while_it_asks(self, silent, *arguments, env=None):
+        """Starts the flow, and asks it alone to end once it waits for an answer of this server."""
+        silent.settimeout(120)
+        process = self.start("flow.py", *arguments, env=env)
+        connection, _ = silent.accept()
+        process.send_signal(signal.SIGTERM)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            connection.close()
+            process.kill()
+        assert process.returncode == 128 + signal.SIGTERM, output.decode()
+        self.assert_nothing_left()
+
     def groups(self):
         return [str(p) for p in Path("/sys/fs/cgroup").glob("**/metaflow-sandbox-*")]
 
@@ -176,6 +191,13 @@ class Project:
                 break
             time.sleep(0.1)
         assert left == []
+
+
+@pytest.fixture
+def silent():
+    """A server that takes connections and never answers; its address is loopback's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

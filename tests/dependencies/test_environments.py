@@ -319,3 +319,14 @@ def test_a_build_that_is_killed_half_way_leaves_nothing_that_counts(project, pac
     assert [n for n in packages.environments() if not n.startswith(".new-")] == []
     a_step(project, decorators, "import tomli; self.found = 1").ok()
     assert answer(project) == 1
+
+
+@pytest.mark.sample(0.5)
+@pytest.mark.parametrize("kind", ["pypi", "conda"])
+def test_a_run_that_is_ended_while_it_waits_for_packages_ends(project, packages, silent, kind):
+    url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+    settings = project.directory.parent / "silent.conf"
+    settings.write_text(f"[global]\nindex-url = {url}\n")
+    write_flow(project, ["@bubblewrap", f'@{kind}(packages={{"tomli": "2.2.1"}})'], kind=kind)
+    env = {"pypi": {"PIP_CONFIG_FILE": str(settings)}, "conda": {"CONDA_CHANNELS": url}}
+    project.ended_while_it_asks(silent, f"--environment={kind}", "run", env=env[kind])

@@ -380,3 +380,8 @@ def test_a_registry_that_does_not_answer_is_named(project):
     output = refused(project, '@docker(image="127.0.0.1:1/image:1")')
     assert "127.0.0.1:1/image:1" in output
     assert "must reach the registry" in output
+
+
+def test_a_run_that_is_ended_while_it_pulls_ends(project, silent):
+    flow(project, "pass", f'@docker(image="127.0.0.1:{silent.getsockname()[1]}/image:1")')
+    project.ended_while_it_asks(silent, "run")

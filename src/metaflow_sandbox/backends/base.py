@@ -29,7 +29,7 @@ from typing import IO, ClassVar
 
 import anyio
 
-from ..concurrency import plain_errors
+from ..concurrency import interruptible, plain_errors
 from ..errors import NotEnforceable, SandboxError
 
 #: Receives a piece of a stream; awaiting it is the back-pressure.
@@ -176,7 +176,7 @@ class Recipe:
         image: as the user named it; None: the backend's own.
         setup: shell commands, run in this order as root.
         files: {absolute path inside: directory on the host}, there for `install` alone. They
-            may be fetched when this is first read, which blocks: read it where they are used.
+            may be downloaded when this is first read, which blocks: await `fetched`.
         install: a command that runs after `setup`, as the sandbox's user, without a network.
             It runs code of packages' authors: in a sandbox alone.
         prefix: the directory that `install` fills, which sandboxes have at the same path.
@@ -214,6 +214,10 @@ class Recipe:
     def plain(self) -> bool:
         """Whether nothing has to be made beyond the image."""
         return not self.setup and not self.install
+
+    async def fetched(self) -> dict[str, Path]:
+        """`files`, downloaded if they have to be."""
+        return await interruptible(lambda: dict(self.files))
 
     def key(self, *more: str) -> str:
         """40 hexadecimal digits that are another for anything else, contents of files included.

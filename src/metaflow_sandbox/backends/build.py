@@ -97,7 +97,7 @@ async def archived(backend: Backend, recipe: Recipe, say: Say) -> dict[str, Path
 
     async def make(new: Path) -> str:
         async with announced(recipe, say):
-            files = await blocking(lambda: dict(recipe.files))
+            files = await recipe.fetched()
             sandbox = await backend.create(spec(backend, recipe, files))
             try:
                 await sandbox.deliver(files)

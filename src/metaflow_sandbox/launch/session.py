@@ -19,7 +19,7 @@ from .. import cache, environments
 from ..admission.text import harmless
 from ..backends import registry
 from ..backends.base import Backend, Preflight, Prepared, Recipe, SandboxSpec, Say
-from ..concurrency import plain_errors
+from ..concurrency import interruptible, plain_errors
 from ..errors import BackendUnavailable, NotEnforceable, SandboxError
 from ..leases import Lease, living
 from ..manage import ownership
@@ -148,9 +148,7 @@ class Session:
         if environment.TYPE == "local" and not request.executable:
             return await self._make(backend, plain, say), None
         inside = await self._inside(plain, request.executable, backend, say)
-        found = await anyio.to_thread.run_sync(
-            environments.resolve, environment, step, inside, tell
-        )
+        found = await interruptible(partial(environments.resolve, environment, step, inside, tell))
         if found is None:
             return await self._make(backend, plain, say), None
         if force and backend.keeps_builds:

@@ -292,7 +292,7 @@ def left_out(backend: Boxlite, recipe: Recipe) -> list[str]:
 
 async def _bring(sandbox: BoxliteSandbox, recipe: Recipe) -> None:
     """Puts the files of a recipe where its installation finds them."""
-    for path, source in recipe.files.items():
+    for path, source in (await recipe.fetched()).items():
         names = [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]
         for name in names:
             inside = path if name == source else f"{path}/{name.relative_to(source)}"

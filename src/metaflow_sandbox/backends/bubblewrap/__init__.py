@@ -138,7 +138,7 @@ class Bubblewrap(Backend):
             async with build.announced(recipe, say):
                 root = new / cache.ROOT
                 root.mkdir()
-                files = await blocking(lambda: dict(recipe.files))
+                files = await recipe.fetched()
                 sandbox = await self._create(build.spec(self, recipe, files), {prefix: root})
                 try:
                     async with cache.watched(root):

@@ -226,10 +226,11 @@ async def install(sandbox: Sandbox, recipe: Recipe, say: Say) -> None:
     Raises:
         SandboxError: the installation failed, with the end of what it printed.
     """
-    directories = {inside: path for inside, path in recipe.files.items() if path.is_dir()}
+    files = await recipe.fetched()
+    directories = {inside: path for inside, path in files.items() if path.is_dir()}
     if directories:
         await sandbox.deliver(directories)
-    for inside, path in recipe.files.items():
+    for inside, path in files.items():
         if inside not in directories:
             async with await anyio.open_file(path, "rb") as file:
                 await sandbox.write(inside, _pieces(file))
@@ -254,7 +255,7 @@ async def install(sandbox: Sandbox, recipe: Recipe, say: Say) -> None:
         )
     # Not all of the working directory: a step's environment is in there.
     gone = [
-        *recipe.files,
+        *files,
         *(f"{sandbox.backend.work}/{name}" for name in (".inputs", ".inputs.lock")),
     ]
     await sandbox.exec(["rm", "-rf", "--", *gone], cwd="/")

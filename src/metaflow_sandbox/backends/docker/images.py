@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import anyio
 import anyio.from_thread
 from platformdirs import user_cache_path
 
+from ...concurrency import interruptible
 from ...errors import SandboxError
 from ...leases import alone
 from ...text import printable
@@ -43,7 +45,7 @@ async def get(engine: Engine, name: str, say: Say) -> dict[str, Any]:
     found = await engine.image(name)
     if found is None:
         await say(f"the image {name} is pulled, once.")
-        await anyio.to_thread.run_sync(_pull, engine, name, say)
+        await interruptible(partial(_pull, engine, name, say))
         found = await engine.image(name)
         if found is None:
             raise BadImage(f"image={name!r} was pulled and is not there", op="prepare")
@@ -111,7 +113,7 @@ async def make(
 
         async def install(sandbox: DockerSandbox) -> None:
             async with builds.announced(recipe, say):
-                files = await anyio.to_thread.run_sync(lambda: dict(recipe.files))
+                files = await recipe.fetched()
                 for inside, source in files.items():
                     await _copy(sandbox, inside, source)
                 try:

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,7 @@ async def build(recipe: Recipe, name: str, say: Say) -> None:
         tasks.start_soon(pass_on)
         try:
             with tempfile.TemporaryDirectory() as context, anyio.fail_after(_BUILD_SECONDS):
-                template = _template(recipe, Path(context))
+                template = _template(recipe, await recipe.fetched(), Path(context))
                 await AsyncTemplate.build(
                     template, name, cpu_count=cpus, memory_mb=memory, on_build_logs=heard
                 )
@@ -123,7 +123,9 @@ async def build(recipe: Recipe, name: str, say: Say) -> None:
     await say(f"the template is ready after {time.monotonic() - started:.0f} s.")
 
 
-def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
+def _template(  # type: ignore[no-untyped-def]
+    recipe: Recipe, files: Mapping[str, Path], context: Path
+):
     """The SDK's description of a recipe. Its files are linked into a directory for the SDK."""
     from e2b import AsyncTemplate
 
@@ -132,18 +134,18 @@ def _template(recipe: Recipe, context: Path):  # type: ignore[no-untyped-def]
         template = start.from_image(recipe.image)
     else:
         template = start.from_template(recipe.options.get("template", _BASE))
-    if recipe.files:
+    if files:
         # Or they would belong to root, like what is copied to below them.
         template = template.run_cmd(shlex.join(["mkdir", "-p", INBOX]), user="user")
-    for number, (inside, source) in enumerate(recipe.files.items()):
+    for number, (inside, source) in enumerate(files.items()):
         _link(source, context / str(number))
         template = template.copy(str(number), inside, user="root", resolve_symlinks=True)
     for command in recipe.setup:
         template = template.run_cmd(command, user="root")
     if recipe.install:
         template = template.run_cmd(shlex.join(recipe.install), user="root")
-    if recipe.files:
-        template = template.run_cmd(shlex.join(["rm", "-rf", "--", *recipe.files]), user="root")
+    if files:
+        template = template.run_cmd(shlex.join(["rm", "-rf", "--", *files]), user="root")
     return template
 
 
