@@ -219,7 +219,7 @@ def page():
     lines += ["\n## The job file\n\n", ", ".join(map(_code, JOB)), ".\n\n## Variables\n\n"]
     lines += ["Set for every step: ", ", ".join(map(_code, VARIABLES)), ".\n"]
     lines += ["Those of the sandbox itself: ", ", ".join(map(_code, SANDBOX_VARIABLES)), ".\n"]
-    lines += ["Then those of the step's `@environment` and `env=[…]`, and no other.\n"]
+    lines += ["Then those of the step's `@environment`, `env=[…]` and `@secrets`, and no other.\n"]
     lines += ["\n## Processes and descriptors\n\n"]
     lines += ["A step sees its own processes, the agent's and the sandbox's first one. It has\n"]
     lines += ["three descriptors: `/dev/null` and two pipes.\n"]
@@ -244,7 +244,7 @@ given to a sandbox decorator or to `@environment` is on the step's command line.
 
 Configs and Parameters are the flow's own: Metaflow gives each to every step, and makes the
 flow's class from them before a step runs, inside as outside. So they are no place for a
-secret that only one step may know. `env=["NAME"]` is.
+secret that only one step may know. `env=["NAME"]` and `@secrets` are.
 """
 
 

@@ -50,7 +50,11 @@ CASES = [
     ('@sandbox(env=["NOT_SET_ANYWHERE"])', "export NOT_SET_ANYWHERE="),
     ("@sandbox\n        @bubblewrap", "has both @bubblewrap and @sandbox"),
     ("@kubernetes\n        @sandbox", "has both @kubernetes and @sandbox"),
-    ("@sandbox\n        @secrets(sources=[])", "Pass the values by name instead"),
+    (
+        '@sandbox\n        @secrets(sources=["no-cloud.name"])',
+        "Unknown secrets backend type",
+    ),
+    ("@sandbox\n        @secrets(sources=[7])", "the source 7 is neither a string nor a dict"),
     ("@daytona", "export DAYTONA_API_KEY="),
     ("@e2b", "E2B_API_KEY" if sys.version_info >= (3, 11) else "3.11"),
 ]

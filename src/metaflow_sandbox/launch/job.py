@@ -16,6 +16,7 @@ from metaflow.metaflow_config import SANDBOX_DECORATORS
 from ..backends.base import Prepared
 from ..errors import SandboxError
 from .request import Request
+from .secrets import Secrets
 
 
 def _prepared(workspace: Path, step: str) -> Path:
@@ -46,7 +47,7 @@ def _scrubbed(options: dict[str, Any]) -> dict[str, Any]:
         name = spec.partition(":")[0]
         if name in SANDBOX_DECORATORS:
             specs.append(name)  # inside, it has nothing to do
-        elif name != "environment":  # whose values are among the step's variables
+        elif name not in ("environment", "secrets"):  # which are among the step's variables
             specs.append(spec)
     return {**options, "decospecs": tuple(specs)}
 
@@ -59,6 +60,7 @@ class Job:
         package: (metadata, sha, url) of the code package.
         top_options: Metaflow's options before `step`, as they are on the host.
         environment: variables of the step from @environment and `env=`; secret.
+        secrets: those of @secrets, which are not fetched yet.
         prepared: what its sandbox is made from.
         python: the interpreter of the step's own environment, if it has one.
     """
@@ -78,6 +80,7 @@ class Job:
     package: tuple[str, str, str]
     top_options: dict[str, Any]
     environment: dict[str, str]
+    secrets: Secrets
     request: Request
     backend: str
     workspace: Path
@@ -127,6 +130,7 @@ class Job:
             ),
             top_options=_scrubbed(ctx.parent.parent.params),
             environment=environment,
+            secrets=Secrets.of(decorators),
             request=requests[0],
             backend=options["backend"],
             workspace=Path(options["workspace"]),

@@ -201,8 +201,13 @@ class Staging:
         os.chmod(directory, 0o755)
 
     def fill(self, parents: list[Parent], flow_datastore: Any, output_bytes: int) -> None:
-        """Writes everything. Blocking: it reads the datastore."""
+        """Writes everything. Blocking: it reads the datastore, and fetches secrets.
+
+        Raises:
+            SandboxError: a secret can't be had.
+        """
         job = self.job
+        variables = {**job.environment, **job.secrets.fetch(job.environment)}
         shutil.copyfile(AGENT, self._path("agent.py"))
         self._put("input-paths", job.input_paths.encode())
         self._put("metaflow/config.json", json.dumps(_METAFLOW_CONFIG).encode())
@@ -220,7 +225,7 @@ class Staging:
             "argv": job.argv(
                 self.python, f"{self.work}/datastore/.metaflow", f"{self.inside}/input-paths"
             ),
-            "env": self._environment(),
+            "env": self._environment(variables),
             "task": task,
             "known": sorted(known),
             "limits": limits,
@@ -236,7 +241,7 @@ class Staging:
     def _put(self, name: str, content: bytes) -> None:
         self._path(name).write_bytes(content)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, variables: dict[str, str]) -> dict[str, str]:
         job = self.job
         own = {
             "METAFLOW_SANDBOX_WORKLOAD": "1",
@@ -257,11 +262,9 @@ class Staging:
         for name, value in code.items():
             own[name.rstrip(":")] = value
         # Metaflow itself comes first on the path, then what the user wants there.
-        if extra := job.environment.get("PYTHONPATH"):
+        if extra := variables.get("PYTHONPATH"):
             own["PYTHONPATH"] = ":".join(filter(None, (own.get("PYTHONPATH"), extra)))
-        theirs = {
-            k: v for k, v in job.environment.items() if not k.startswith(("METAFLOW_", "MF_"))
-        }
+        theirs = {k: v for k, v in variables.items() if not k.startswith(("METAFLOW_", "MF_"))}
         return {**theirs, **own}
 
     # --- the datastore inside

@@ -135,6 +135,10 @@ class SandboxDecorator(StepDecorator):
         self.logger = logger
         _print_harmlessly(type(flow))
         self.environment = environment
+        for deco in decos:
+            if deco.name == "secrets":
+                # It would fetch them where the step runs. The launcher does, and gives the values.
+                deco.task_pre_step = lambda *args, **kwargs: None
         # There is nothing to check inside a sandbox, where Metaflow starts commands of
         # its own too (it renders cards), nor on the host for the sake of another task.
         if inside_sandbox() or not (self.system_ctx.is_launch or self.system_ctx.is_trampoline):
@@ -149,9 +153,11 @@ class SandboxDecorator(StepDecorator):
             )
         from metaflow_sandbox.errors import SandboxError
         from metaflow_sandbox.launch.request import Request
+        from metaflow_sandbox.launch.secrets import Secrets
 
         try:
             self.request = Request.from_decorator(self, decos)
+            Secrets.of(decos)
             if self.request.backend and self.system_ctx.is_launch:
                 self.request.check()
             if self.system_ctx.is_launch:
@@ -190,12 +196,6 @@ class SandboxDecorator(StepDecorator):
                 raise SandboxException(
                     f"Step *{self.step}* has both @{one} and @{other}, and can run in only one "
                     "place. Take one of them off (a --with adds a decorator to every step)."
-                )
-            if deco.name == "secrets":
-                raise SandboxException(
-                    f"Step *{self.step}* has @secrets, which would need your cloud credentials "
-                    "inside the sandbox. Pass the values by name instead: "
-                    f'@{self.name}(env=["NAME"]).'
                 )
         if node.parallel_step or node.parallel_foreach:
             raise SandboxException(
