@@ -147,7 +147,8 @@ class Session:
         )
         if environment.TYPE == "local" and not request.executable:
             return await self._make(backend, plain, say), None
-        inside = await self._inside(plain, request.executable, backend, say)
+        beneath = plain if environment.TYPE == "local" else backend.beneath(plain)
+        inside = await self._inside(beneath, request.executable, backend, say)
         found = await anyio.to_thread.run_sync(
             environments.resolve, environment, step, inside, tell
         )
@@ -158,7 +159,7 @@ class Session:
                 f"--force-rebuild-environments resolves anew; {backend.name} goes on with what it "
                 "has of the same content"
             )
-        recipe = found.recipe(plain, backend, self.workspace.path)
+        recipe = found.recipe(beneath, backend, self.workspace.path)
         prepared = await self._make(backend, recipe, say)
         if alone:
             self._discarded.update(prepared.mounts.values())
