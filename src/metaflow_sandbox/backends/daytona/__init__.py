@@ -315,7 +315,8 @@ class Daytona(Backend):
         sdk = await self.clients.acquire()
         try:
             box = await self._create(sdk, spec, snapshot, name)
-            sandbox = DaytonaSandbox(self, box, network.name(spec.network))
+            toolbox = self.clients.daemon_of(box)
+            sandbox = DaytonaSandbox(self, box, toolbox, network.name(spec.network))
             try:
                 await sandbox.ready()
             except BaseException as e:
