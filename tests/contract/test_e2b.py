@@ -19,6 +19,7 @@ if sys.version_info < (3, 11):
 
 import e2b
 
+from emulators import flooded
 from emulators.e2b.server import KEY
 from emulators.e2b.specification import FILE, NEWER, Specification
 from metaflow_sandbox.backends import e2b as backends
@@ -99,39 +100,6 @@ def test_files_of_any_size_stream_and_memory_stays_flat(account, megabytes):
     assert grown < 32
 
 
-#: Does something of which the daemon's answer is far too large, and prints by how many MB the peak
-#: of its own memory grew.
-FLOODED = """
-import resource, sys
-import anyio
-from metaflow_sandbox.backends.base import SandboxSpec
-from metaflow_sandbox.backends.e2b import E2B
-from metaflow_sandbox.errors import SandboxError
-
-ACTIONS = {
-    "run": lambda sandbox: sandbox.run(["true"]),
-    "read": lambda sandbox: sandbox.read_bytes("/home/user/x", 10),
-    "write": lambda sandbox: sandbox.write_bytes("/home/user/x", b"x"),
-}
-
-async def main():
-    sandbox = await E2B().create(SandboxSpec(network=False))
-    try:
-        for name in ("write", "read", "run"):
-            await ACTIONS[name](sandbox)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print("ready", flush=True)
-        sys.stdin.readline()
-        try:
-            await ACTIONS[sys.argv[1]](sandbox)
-        except SandboxError as e:
-            print(type(e).__name__)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
-    finally:
-        await sandbox.destroy()
-
-anyio.run(main)
-"""
 STREAM = {"content-type": "application/connect+json"}
 FLOODS = {
     "a file's error": ("read", "GET /files", {"status": 500}, "ConnectionLost"),
@@ -146,16 +114,9 @@ FLOODS = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_a_daemon_that_was_taken_over_can_not_fill_the_launchers_memory(account, name):
     action, match, fault, error = FLOODS[name]
-    command = [sys.executable, "-c", FLOODED, action]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        account.fault(match, flood=200, **fault)
-        output, problem = process.communicate("\n", timeout=100)
-    assert process.returncode == 0, problem
-    raised, grown = output.split()
+    raised, grown = flooded.meet("e2b", action, lambda: account.fault(match, flood=200, **fault))
     assert raised == error
-    assert int(grown) < 50
+    assert grown < 50
 
 
 #: What becomes of a fault on the way: (request, fault, what is done, error).

@@ -352,6 +352,18 @@ def test_the_packages_of_uv_lock_without_the_development_ones(project, packages,
     assert there == [False, False, False]
 
 
+@pytest.mark.sample(0.2)
+def test_packages_of_uv_lock_are_for_the_python_on_which_they_are_installed(
+    project, packages, index, daytona
+):
+    env = {**lock(project, packages, index), **PASSWORDS["by the name of the index"](index)}
+    project.write("flow.py", UV_FLOW.replace("bubblewrap", "daytona"))
+    project.environment |= daytona.environment
+    project.run("flow.py", "--environment=uv", "run", env=env).ok()
+    file, executable, _ = answer(project)
+    assert file.startswith(executable.rpartition("/bin/")[0])
+
+
 @pytest.mark.sample(0.08)
 def test_a_backend_without_a_cache_of_its_own_gets_an_archive(project, shared_packages):
     body = WHICH.replace("import tomli", "import tomli, numpy")

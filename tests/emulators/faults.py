@@ -21,8 +21,8 @@ happens, and `delay` (seconds, before that or by itself) may be with it:
                                answer; a body that is a string is one of HTML
     {…, "after": seconds}      the answer is a fault's, "status" or "lose", and so much later the
                                emulator does its work
-    {"flood": megabytes}       an answer so large, with its "status" (200) and "headers"; the
-                               emulator never hears of the request
+    {"flood": megabytes}       an answer so large, with its "status" (200) and "headers", which
+                               begins with "start" (""); the emulator never hears of the request
     {"lose": true}             the emulator does its work, and the connection is reset instead of
                                its answer
     {"reset_upload": bytes}    the connection is reset when so much of the body has come
@@ -137,7 +137,7 @@ class _Exchange:
                 await self.later(fault["after"])
             if "flood" in fault:
                 self.entry["status"] = fault.get("status", 200)
-                await self.flood(self.entry["status"], fault.get("headers", {}), fault["flood"])
+                await self.flood(self.entry["status"], fault)
             elif "status" in fault:
                 self.entry["status"] = fault["status"]
                 headers, body = fault.get("headers", {}), fault.get("body", {})
@@ -167,11 +167,13 @@ class _Exchange:
         if self.fault.get("lose"):
             self.reset()
 
-    async def flood(self, status, headers, megabytes):
-        raw = [(k.encode(), v.encode()) for k, v in headers.items()]
+    async def flood(self, status, fault):
+        raw = [(k.encode(), v.encode()) for k, v in fault.get("headers", {}).items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        start = {"body": fault.get("start", "").encode(), "more_body": True}
+        await self._send({"type": "http.response.body", **start})
         client = tuple(self.scope["client"])
-        for left in reversed(range(megabytes)):
+        for left in reversed(range(fault["flood"])):
             await asyncio.sleep(0.001)
             if all(connection.client != client for connection in self.front.connections()):
                 return  # it has read enough

@@ -554,9 +554,9 @@ async def test_a_rate_limit_in_the_middle_of_files_loses_nothing_of_them(cloud, 
         with pytest.raises(ConnectionLost):  # what was sent of it isn't there again
             await sandbox.write(path, pieces(8))
         await sandbox.write(path, pieces(8))
-        cloud.fault("POST .*/bulk-download", **limit)
+        cloud.fault("GET .*/files/download", **limit)
         assert b"".join([piece async for piece in sandbox.read(path)]) == whole
-        cloud.fault("POST .*/bulk-download", reset_download=3_000_000)
+        cloud.fault("GET .*/files/download", reset_download=3_000_000)
         with pytest.raises(ConnectionLost):
             [_ async for _ in sandbox.read(path)]
     finally:

@@ -46,6 +46,30 @@ async def test_the_installed_sdk_has_what_is_not_public(monkeypatch, name):
 
 
 @pytest.mark.parametrize(
+    "request_line",
+    [
+        "POST /process/session",
+        "DELETE /process/session/{sessionId}",
+        "POST /process/session/{sessionId}/exec",
+        "GET /process/session/{sessionId}/command/{commandId}",
+        "GET /process/session/{sessionId}/command/{commandId}/logs",
+        "POST /files/folder",
+        "GET /files/info",
+        "POST /files/bulk-upload",
+        "GET /files/download",
+    ],
+)
+def test_the_installed_sdk_has_the_requests_that_are_made_past_it(request_line):
+    """All that the emulated daemon knows, too."""
+    import daytona_toolbox_api_client_async.api as client
+
+    method, path = request_line.split()
+    wanted = rf"method='{method}',\s+resource_path='{re.escape(path)}'"
+    sources = Path(client.__file__).parent.glob("*.py")
+    assert any(re.search(wanted, source.read_text()) for source in sources)
+
+
+@pytest.mark.parametrize(
     ("owner", "name"),
     [
         ("daytona_api_client_async:SandboxApi", "create_sandbox"),

@@ -607,6 +607,14 @@ class Backend(ABC):
             return Prepared(recipe.image)
         return Prepared(recipe.image, await build.archived(self, recipe, say))
 
+    def beneath(self, recipe: Recipe) -> Recipe:
+        """What an environment is installed on, of which the Python is asked first.
+
+        Args:
+            recipe: a step's, without an environment.
+        """
+        return recipe
+
     def account(self) -> str:
         """Whose quota sandboxes count for, in a form that may be hashed; never a key."""
         return ""

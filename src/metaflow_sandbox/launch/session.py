@@ -147,7 +147,8 @@ class Session:
         )
         if environment.TYPE == "local" and not request.executable:
             return await self._make(backend, plain, say), None
-        inside = await self._inside(plain, request.executable, backend, say)
+        beneath = plain if environment.TYPE == "local" else backend.beneath(plain)
+        inside = await self._inside(beneath, request.executable, backend, say)
         found = await interruptible(partial(environments.resolve, environment, step, inside, tell))
         if found is None:
             return await self._make(backend, plain, say), None
@@ -156,7 +157,7 @@ class Session:
                 f"--force-rebuild-environments resolves anew; {backend.name} goes on with what it "
                 "has of the same content"
             )
-        recipe = found.recipe(plain, backend, self.workspace.path)
+        recipe = found.recipe(beneath, backend, self.workspace.path)
         prepared = await self._make(backend, recipe, say)
         if alone:
             self._discarded.update(prepared.mounts.values())

@@ -7,6 +7,7 @@ Prints its port, and ends when its input does. Tests ask it things below /_test/
     POST /_test/evict/ID   ends a sandbox as a provider may
     POST /_test/write/ID   writes a file in it: {"path": …, "content": …}
     PUT  /_test/drops      [[bytes, close code], …]: the next log followers are dropped so
+    PUT  /_test/hostile    [[text, times] or an address, …]: what they get instead of a log
     PUT  /_test/snapshots  {name: state}: puts snapshots into a state
 
 The rest of /_test/ is `tests/emulators/faults.py`'s.
@@ -105,13 +106,14 @@ class Server:
             Route("/_test/evict/{id}", self._evict, methods=["POST"]),
             Route("/_test/write/{id}", self._write, methods=["POST"]),
             Route("/_test/drops", self._drop, methods=["PUT"]),
+            Route("/_test/hostile", self._hostile, methods=["PUT"]),
             Route("/_test/snapshots", self._states, methods=["PUT"]),
         ]
 
     async def _change(self, request):
         changes = await request.json()
         if changes.get("reset"):
-            self.toolbox.drops = []
+            self.toolbox.drops, self.toolbox.hostile = [], []
         self.cloud.change(changes)
         return JSONResponse({})
 
@@ -141,6 +143,10 @@ class Server:
 
     async def _drop(self, request):
         self.toolbox.drops = [tuple(drop) for drop in await request.json()]
+        return JSONResponse({})
+
+    async def _hostile(self, request):
+        self.toolbox.hostile = await request.json()
         return JSONResponse({})
 
     async def _states(self, request):

@@ -58,6 +58,11 @@ class Snapshots:
         """Makes the one that everybody has."""
         made = self._new(DEFAULT, {}, general=True)
         lay_out(self._place(made), HOMES["daytona"])
+        # A Python of its own, where no image has one.
+        own = made.root / "opt" / "python" / "bin"
+        own.mkdir(parents=True)
+        (own / "python3").symlink_to("/usr/bin/python3")
+        made.environment = {"PATH": "/opt/python/bin:/usr/local/bin:/usr/bin:/bin"}
         made.state = "active"
 
     def _new(self, name, request, **more):

@@ -8,17 +8,20 @@ log's follower learns of the end a second late, by finding nothing more after th
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import random
 import time
 import uuid
 from dataclasses import dataclass, field
 
+from daytona_toolbox_api_client_async.models import CreateSessionRequest, SessionExecuteRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect
 
+from tests.emulators.machine import pieces_of
+
+from .api import parsed
 from .cloud import Refused, iso
 
 OUT, ERR = b"\x01\x01\x01", b"\x02\x02\x02"
@@ -198,6 +201,8 @@ class Toolbox:
 
     Attributes:
         drops: what becomes of the next log followers: [(bytes that are sent, close code)].
+        hostile: what they get of a daemon that was taken over, in the log's place: an address to
+            which they are sent, or [text, how many times it comes in one message].
         note: called with what a follower asks for, since those are no HTTP requests.
         abort: resets a client's connection, without a word.
     """
@@ -205,6 +210,7 @@ class Toolbox:
     def __init__(self, cloud, wire):
         self.cloud, self.wire = cloud, wire
         self.drops = []
+        self.hostile = []
         self.note = lambda path, headers: None
         self.abort = lambda client: None
 
@@ -243,7 +249,7 @@ class Toolbox:
 
     async def create_session(self, request):
         with self._using(request.path_params["box"]) as box:
-            name = (await request.json())["sessionId"]
+            name = parsed(CreateSessionRequest, await request.json())["sessionId"]
             if name in box.sessions:
                 raise Refused(409, "session already exists")
             session = box.sessions[name] = Session(box, name)
@@ -266,7 +272,7 @@ class Toolbox:
     async def execute(self, request):
         with self._using(request.path_params["box"]) as box:
             session = self._session(box, request.path_params["session"])
-            asked = await request.json()
+            asked = parsed(SessionExecuteRequest, await request.json())
             command = await session.run(asked["command"])
             if asked.get("runAsync") or asked.get("async"):
                 return self._answer("SessionExecuteResponse", {"cmdId": command.id}, 202)
@@ -325,6 +331,9 @@ class Toolbox:
         try:
             with self._using(names["box"]) as box:
                 command = self._command(box, names["session"], names["command"])
+                if self.hostile:
+                    await self._attack(socket, self.hostile.pop(0))
+                    return
                 await socket.accept()
                 drop, code = self._next_drop()
                 reader = asyncio.ensure_future(self._until_gone(socket))
@@ -345,6 +354,16 @@ class Toolbox:
             await socket.close(1008)
         except (WebSocketDisconnect, RuntimeError):
             pass  # it went away, in one of several ways
+
+    @staticmethod
+    async def _attack(socket, what):
+        if isinstance(what, str):
+            await socket.send_denial_response(Response(None, 302, {"location": what}))
+            return
+        await socket.accept()
+        text, times = what
+        await socket.send_bytes(text.encode() * times)
+        await socket.close(1000)
 
     def _next_drop(self):
         """(bytes, code) after and with which a follower is dropped; no code: by a reset."""
@@ -405,35 +424,23 @@ class Toolbox:
             return Response(status_code=200)
 
     async def download(self, request):
-        paths = (await request.json())["paths"]
-        identity = request.path_params["box"]
-        boundary = uuid.uuid4().hex
-        with self._using(identity) as box:
-            machine, user = box.machine, box.user
+        path = request.query_params["path"]
+        with self._using(request.path_params["box"]) as box:
+            found = await box.machine.ask("stat", path=path, user=box.user)
+            if found["kind"] == "dir":
+                raise Refused(400, "path must be a file")
+            try:
+                fd, size = await box.machine.open(path, user=box.user)
+            except PermissionError:  # which Go's own server of files says
+                return Response("403 Forbidden\n", 403, media_type="text/plain")
 
         async def content():
-            with self._using(identity):
-                for path in paths:
-                    try:
-                        fd, size = await machine.open(path, user=user)
-                    except OSError as e:
-                        message, status, code = _said(e)
-                        error = json.dumps({
-                            "message": f"open {path}: {message}", "statusCode": status,
-                            "code": code, "source": "DAYTONA_DAEMON",
-                        }).encode()  # fmt: skip
-                        yield _head(boundary, "error", path, "application/json", len(error))
-                        yield error + b"\r\n"
-                        continue
-                    yield _head(boundary, "file", path, "application/octet-stream", size)
-                    with os.fdopen(fd, "rb") as file:
-                        while piece := await asyncio.to_thread(file.read, 1 << 16):
-                            yield piece
-                    yield b"\r\n"
-                yield b"--%s--\r\n" % boundary.encode()
+            with self._using(box.id):
+                async for piece in pieces_of(fd):
+                    yield piece
 
-        kind = f"multipart/form-data; boundary={boundary}"
-        return StreamingResponse(content(), headers={"content-type": kind})
+        headers = {"content-length": str(size), "content-type": "application/octet-stream"}
+        return StreamingResponse(content(), headers=headers)
 
     async def info(self, request):
         with self._using(request.path_params["box"]) as box:
@@ -466,7 +473,7 @@ class Toolbox:
             ("GET", f"{command}/logs", self.get_logs),
             ("POST", f"{command}/input", self.send_input),
             ("POST", "/files/bulk-upload", self.upload),
-            ("POST", "/files/bulk-download", self.download),
+            ("GET", "/files/download", self.download),
             ("GET", "/files/info", self.info),
             ("POST", "/files/folder", self.folder),
         ]
@@ -486,11 +493,3 @@ def _said(error):
     return _WORDS.get(
         error.errno, (os.strerror(error.errno or 5).lower(), 500, "INTERNAL_SERVER_ERROR")
     )
-
-
-def _head(boundary, name, path, kind, size):
-    shown = "".join("_" if c in '"\\\r\n' else c for c in path)
-    return (
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="{shown}"\r\n'
-        f"Content-Type: {kind}\r\nContent-Length: {size}\r\n\r\n"
-    ).encode()

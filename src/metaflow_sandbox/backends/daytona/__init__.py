@@ -183,6 +183,12 @@ class Daytona(Backend):
                 retryable=False,
             )
 
+    def beneath(self, recipe: Recipe) -> Recipe:
+        """The account's default snapshot may change: nothing that is kept is built on it."""
+        if recipe.image or "snapshot" in recipe.options:
+            return recipe
+        return replace(recipe, image=self._default_image())
+
     async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
         size = Size.of(recipe)
         for name, most in self._tier.largest.given.items():
@@ -213,6 +219,7 @@ class Daytona(Backend):
             return Prepared()  # the account's default snapshot
         image = recipe.image or self._default_image()
         refuse_latest(image, self.name)
+        recipe = replace(recipe, image=image)
         base = replace(recipe, files={}, install=(), prefix=None, contents="")
         name = await anyio.to_thread.run_sync(snapshots.name_of, base, size, image)
         async with self.clients.one() as sdk:
@@ -308,7 +315,8 @@ class Daytona(Backend):
         sdk = await self.clients.acquire()
         try:
             box = await self._create(sdk, spec, snapshot, name)
-            sandbox = DaytonaSandbox(self, box, network.name(spec.network))
+            toolbox = self.clients.daemon_of(box)
+            sandbox = DaytonaSandbox(self, box, toolbox, network.name(spec.network))
             try:
                 await sandbox.ready()
             except BaseException as e:

@@ -10,15 +10,15 @@ import weakref
 from asyncio import AbstractEventLoop, get_running_loop
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
-from urllib.request import getproxies
 
 import anyio
 
 from ...errors import NOT_SET_UP, BackendUnavailable, SandboxError
-from . import faults
+from . import faults, toolbox
 
 if TYPE_CHECKING:
-    from daytona import AsyncDaytona
+    from aiohttp import ClientSession
+    from daytona import AsyncDaytona, AsyncSandbox
     from daytona_api_client_async import ApiClient
 
 T = TypeVar("T")
@@ -50,18 +50,6 @@ def _sdk() -> type[AsyncDaytona]:
     return AsyncDaytona
 
 
-def _let_websockets_through() -> None:
-    """Has websockets take the proxy that everything else takes.
-
-    The SDK's HTTP client (aiohttp) looks for theirs in WS_PROXY and WSS_PROXY alone, which nobody
-    sets: behind a proxy, sandboxes would be made and no output ever come.
-    """
-    proxies = getproxies()
-    for ours, theirs in (("ws", "http"), ("wss", "https")):
-        if ours not in proxies and theirs in proxies:
-            os.environ[f"{ours}_proxy"] = proxies[theirs]
-
-
 # --- what isn't public of the SDK is used here alone (docs/daytona.md says what for)
 
 
@@ -77,10 +65,10 @@ def hears_events(sdk: AsyncDaytona) -> bool:
 
 
 class _Shared:
-    """A client and how many use it."""
+    """A client, connections to the daemons in sandboxes, and how many use them."""
 
-    def __init__(self, client: AsyncDaytona) -> None:
-        self.client = client
+    def __init__(self, client: AsyncDaytona, daemons: ClientSession) -> None:
+        self.client, self.daemons = client, daemons
         self.users = 1
 
 
@@ -112,7 +100,6 @@ class Clients:
         if shared := self._shared.get(loop):
             shared.users += 1
             return shared.client
-        _let_websockets_through()
         try:
             client = made()
         except Exception as e:
@@ -124,8 +111,14 @@ class Clients:
                 op="load",
                 retryable=False,
             ) from None
-        self._shared[loop] = _Shared(client)
+        self._shared[loop] = _Shared(client, toolbox.connections())
         return client
+
+    def daemon_of(self, box: AsyncSandbox) -> toolbox.Toolbox:
+        """The daemon of a sandbox, for as long as whoever asks has a client."""
+        shared = self._shared[get_running_loop()]
+        where = f"{box.toolbox_proxy_url}/{box.id}"
+        return toolbox.Toolbox(shared.daemons, where, api(shared.client).default_headers)
 
     async def release(self) -> None:
         loop = get_running_loop()
@@ -134,12 +127,13 @@ class Clients:
         if shared.users:
             return
         del self._shared[loop]
-        with (
-            anyio.CancelScope(shield=True),
-            anyio.move_on_after(_CLOSE_SECONDS),
-            contextlib.suppress(Exception),
-        ):
-            await shared.client.close()  # type: ignore[no-untyped-call]
+        for close in (shared.daemons.close, shared.client.close):
+            with (
+                anyio.CancelScope(shield=True),
+                anyio.move_on_after(_CLOSE_SECONDS),
+                contextlib.suppress(Exception),
+            ):
+                await close()
 
     @contextlib.asynccontextmanager
     async def one(self) -> AsyncIterator[AsyncDaytona]:

@@ -1,8 +1,7 @@
-"""What Daytona's SDK raises, said in this package's errors.
+"""What Daytona's SDK and its daemon's answers raise, said in this package's errors.
 
-The SDK has a class for most statuses, but not for all ways to fail: a dropped websocket, a
-refused upload and a download that was cut arrive as its bare `DaytonaError`. So errors are
-told apart by status and by what caused them, never by class.
+The SDK has a class for most statuses, but not for all ways to fail. So errors are told apart by
+status and by what caused them, never by class.
 """
 
 from __future__ import annotations
@@ -60,9 +59,9 @@ def words(error: BaseException) -> str:
     if isinstance(body, str):
         try:
             said = json.loads(body)
-            message = said.get("message") or said.get("error")
-            return "; ".join(message) if isinstance(message, list) else str(message or body)
-        except (ValueError, AttributeError):
+            message = said.get("message") or said.get("error") or said.get("errors") or body
+            return ("; ".join(message) if isinstance(message, list) else str(message))[:1000]
+        except (ValueError, AttributeError, TypeError, RecursionError):
             return body[:500]
     return str(error)[:1000]
 
@@ -125,7 +124,10 @@ def as_file_error(error: BaseException, path: str) -> OSError | None:
         return IsADirectoryError(21, f"is a directory in the sandbox: {path}")
     if "not a directory" in text:
         return NotADirectoryError(20, f"not a directory in the sandbox: {path}")
-    if "permission denied" in text or (status == 403 and "access" in text):
+    # The last is what there is of a file that can't be opened.
+    if "permission denied" in text or (
+        status == 403 and ("access" in text or text.strip() == "403 forbidden")
+    ):
         return PermissionError(13, f"permission denied in the sandbox: {path}")
     if "no such file" in text or (status == 404 and "file" in text):
         return FileNotFoundError(2, f"no such file in the sandbox: {path}")

@@ -1,4 +1,4 @@
-"""One of Daytona's sandboxes, by its SDK.
+"""One of Daytona's sandboxes: its life by the SDK, commands and files past it (`toolbox.py`).
 
 A command runs in a session of the sandbox's daemon, under `runner.py`, which makes of it what
 the contract asks for: any bytes, apart, while it runs; its exit code at once; its whole tree
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from daytona import AsyncSandbox
 
     from . import Daytona
+    from .toolbox import Toolbox
 
 RUNNER = Path(__file__).with_name("runner.py")
 # The runner says something every 10 s: silence means that the line is dead.
@@ -42,7 +43,7 @@ _RECONNECTS = 5
 _TIMEOUT_MARGIN = 15.0
 _TRANSFER_SECONDS = 3600.0
 _SMALL = 1 << 20
-_LINE = 1 << 20
+_LINE = 1 << 17  # the runner's have a quarter of that
 _GONE_STATES = (
     "destroyed", "destroying", "stopped", "stopping", "archived", "error", "build_failed",
 )  # fmt: skip
@@ -88,23 +89,27 @@ class Output:
 
     def __init__(self, out: Sink, err: Sink) -> None:
         self._sinks = {"o": out, "e": err}
-        self._buffer = ""
+        self._rest = bytearray()
         self.seen = 0
         self.received = 0
         self.end: End | None = None
 
     def reconnect(self) -> None:
         """The log comes again from its beginning."""
-        self._buffer = ""
+        self._rest.clear()
         self.received = 0
 
-    async def feed(self, text: str) -> None:
-        self.received += len(text)
-        *lines, self._buffer = (self._buffer + text).split("\n")
-        if len(self._buffer) > _LINE:
+    async def feed(self, data: bytes) -> None:
+        self.received += len(data)
+        whole, newline, rest = data.rpartition(b"\n")
+        if newline:
+            lines = (self._rest + whole).split(b"\n")
+            self._rest.clear()
+            for line in lines:
+                await self._line(line.decode(errors="replace"))
+        self._rest += rest
+        if len(self._rest) > _LINE:
             raise ProtocolError("a line of a sandbox's log has no end", op="exec")
-        for line in lines:
-            await self._line(line)
 
     async def _line(self, line: str) -> None:
         number, _, rest = line.partition(" ")
@@ -140,9 +145,9 @@ class DaytonaSandbox(Sandbox):
 
     backend: Daytona
 
-    def __init__(self, backend: Daytona, box: AsyncSandbox, network: str) -> None:
+    def __init__(self, backend: Daytona, box: AsyncSandbox, toolbox: Toolbox, network: str) -> None:
         self.backend, self.id, self.network = backend, box.id, network
-        self._box = box
+        self._box, self._toolbox = box, toolbox
         self._sessions: list[str] = []  # whose shells wait for a command
         self._destroyed = self._released = False
         self._out_of_memory = False
@@ -157,8 +162,8 @@ class DaytonaSandbox(Sandbox):
                 tasks.start_soon(self._spare_session)
 
     async def _make_work(self) -> None:
-        make = functools.partial(self._box.fs.create_folder, self.backend.work, "755")
-        await self._toolbox("create", make, again=True)
+        make = functools.partial(self._toolbox.make_folder, self.backend.work, "755")
+        await self._ask("create", make, again=True)
 
     async def _spare_session(self) -> None:
         self._sessions.append(await self._new_session())
@@ -168,12 +173,12 @@ class DaytonaSandbox(Sandbox):
 
         async def make() -> None:
             try:
-                await self._box.process.create_session(name)
+                await self._toolbox.new_session(name)
             except Exception as e:
                 if faults.status_of(e) != 409:  # made by a try whose answer was lost
                     raise
 
-        await self._toolbox("exec", make, again=True)
+        await self._ask("exec", make, again=True)
         return name
 
     async def exec(
@@ -186,20 +191,15 @@ class DaytonaSandbox(Sandbox):
         on_stderr: Sink = discard,
         timeout: float | None = None,
     ) -> int:
-        from daytona import SessionExecuteRequest
-
         line = command_line(self.backend.python, argv, cwd or self.backend.work, env, timeout)
-        request = SessionExecuteRequest(command=line, run_async=True)
         session = self._sessions.pop() if self._sessions else await self._new_session()
         output = Output(on_stdout, on_stderr)
         try:
-            started = await self._toolbox(
-                "exec", lambda: self._box.process.execute_session_command(session, request)
-            )
+            command = await self._ask("exec", lambda: self._toolbox.start(session, line))
             # The runner keeps the time; this is for when it can't.
             patience = None if timeout is None else timeout + _TIMEOUT_MARGIN
             with anyio.fail_after(patience):
-                end = await self._read_log(session, str(started.cmd_id), output)
+                end = await self._read_log(session, command, output)
         except (ConnectionLost, SandboxGone):
             raise  # what runs there goes on, and somebody may come back to it
         except BaseException:
@@ -220,7 +220,7 @@ class DaytonaSandbox(Sandbox):
             anyio.move_on_after(10),
             contextlib.suppress(Exception),
         ):
-            await self._box.process.delete_session(session)
+            await self._toolbox.end_session(session)
 
     async def _read_log(self, session: str, command: str, output: Output) -> End:
         """Follows a command's log to its end, again where the connection drops, while it is short.
@@ -253,36 +253,21 @@ class DaytonaSandbox(Sandbox):
 
     async def _follow(self, session: str, command: str, output: Output) -> Exception | None:
         """Reads a log until its end or a drop. Returns why it dropped."""
-        send, receive = anyio.create_memory_object_stream[str](8)
-        problem: list[Exception] = []
-
-        async def pump() -> None:
-            # A callback of the SDK that raises is called again with the same piece.
-            async with send:
+        async with contextlib.aclosing(self._toolbox.output(session, command)) as pieces:
+            while output.end is None:
                 try:
-                    await self._box.process.get_session_command_logs_async(
-                        session, command, send.send, _ignore
-                    )
-                except anyio.BrokenResourceError:
-                    pass
+                    with anyio.fail_after(_QUIET_SECONDS):
+                        piece = await anext(pieces, None)
+                except SandboxError:
+                    raise
+                except TimeoutError:
+                    return TimeoutError(f"silent for {_QUIET_SECONDS:.0f} s")
                 except Exception as e:
-                    problem.append(e)
-
-        with plain_errors():
-            async with anyio.create_task_group() as tasks, receive:
-                tasks.start_soon(pump)
-                while output.end is None:
-                    try:
-                        with anyio.fail_after(_QUIET_SECONDS):
-                            text = await receive.receive()
-                    except anyio.EndOfStream:
-                        break
-                    except TimeoutError:
-                        problem.append(TimeoutError(f"silent for {_QUIET_SECONDS:.0f} s"))
-                        break
-                    await output.feed(text)
-                tasks.cancel_scope.cancel()
-        return problem[0] if problem else None
+                    return e
+                if piece is None:
+                    break
+                await output.feed(piece)
+        return None
 
     async def _explain_end(self, session: str, command: str, output: Output) -> None:
         """A log that ended without the runner's last line: perhaps there is no Python.
@@ -290,10 +275,8 @@ class DaytonaSandbox(Sandbox):
         Raises:
             SandboxError: there isn't.
         """
-        info = await self._toolbox(
-            "exec", lambda: self._box.process.get_session_command(session, command), again=True
-        )
-        if output.seen == 0 and info.exit_code in (126, 127):
+        look = functools.partial(self._toolbox.exit_code, session, command)
+        if await self._ask("exec", look, again=True) in (126, 127) and output.seen == 0:
             raise SandboxError(
                 f"the sandbox has no {self.backend.python}, which every step needs: give an image "
                 "or a snapshot with a Python 3.8 or later on its PATH.",
@@ -321,10 +304,10 @@ class DaytonaSandbox(Sandbox):
         if why := why_gone(self._box):
             raise faults.gone(self.id, why) from problem
 
-    async def _toolbox(
+    async def _ask(
         self, op: str, make: Any, *, seconds: float = client.CALL_SECONDS, **options: Any
     ) -> Any:
-        """A call to the sandbox's daemon.
+        """A call to the sandbox's daemon, or about the sandbox.
 
         Raises:
             SandboxGone, ConnectionLost, SandboxError.
@@ -352,30 +335,26 @@ class DaytonaSandbox(Sandbox):
     # --- files
 
     async def write(self, path: str, source: AsyncIterator[bytes]) -> None:
-        from daytona import FileUpload
-
-        # The SDK's other way to send a file has its name in a header.
-        limit = _SMALL if path.isprintable() else -1
         head = bytearray()
         async for piece in source:
             head += piece
-            if len(head) > limit:
+            if len(head) > _SMALL:
                 break
-        if len(head) <= limit:
-            small = [FileUpload(bytes(head), path)]
-            await self._file(path, lambda: self._box.fs.upload_files(small), again=True)
-            return
 
         async def whole() -> AsyncIterator[bytes]:
             yield bytes(head)
             async for piece in source:
                 yield piece
 
+        if len(head) <= _SMALL:
+            await self._file(path, lambda: self._toolbox.upload(path, whole()), again=True)
+            return
+
         # Streamed once: what was read of the source is not there again, nor for a second try here.
         try:
             await self._file(
                 path,
-                lambda: self._box.fs.upload_file_stream(whole(), path),
+                lambda: self._toolbox.upload(path, whole()),
                 seconds=_TRANSFER_SECONDS,
                 patience=0,
             )
@@ -386,20 +365,17 @@ class DaytonaSandbox(Sandbox):
             raise ConnectionLost(f"{path} was not taken now: {e}", op="files") from e
 
     async def read(self, path: str) -> AsyncIterator[bytes]:
-        # Opening anything else than a file would block the daemon (a FIFO), and the SDK
-        # takes an empty file for an error.
-        info = await self._file(path, lambda: self._box.fs.get_file_info(path), again=True)
-        if info.is_dir:
+        # Opening anything else than a file would block the daemon (a FIFO).
+        info = await self._file(path, lambda: self._toolbox.info(path), again=True)
+        if info.directory:
             raise IsADirectoryError(21, f"is a directory in the sandbox: {path}")
-        if not str(info.mode).startswith("-"):
+        if not info.regular:
             raise OSError(22, f"not a regular file in the sandbox: {path}")
-        if info.size == 0:
-            return
 
         async def begin() -> tuple[Any, bytes | None]:
-            # The SDK asks for it with the first piece; a stream that has failed ends like one
-            # that is whole, so that it must not be asked twice.
-            begun = await self._box.fs.download_file_stream(path)
+            # It is asked for with the first piece; a stream that has failed ends like one that
+            # is whole, so that it must not be asked twice.
+            begun = self._toolbox.download(path)
             return begun, await anext(begun, None)
 
         stream, piece = await self._file(path, begin, seconds=_QUIET_SECONDS, again=True)
@@ -423,7 +399,7 @@ class DaytonaSandbox(Sandbox):
             SandboxGone, ConnectionLost, SandboxError.
         """
         try:
-            return await self._toolbox("files", functools.partial(_about, path, make), **options)
+            return await self._ask("files", functools.partial(_about, path, make), **options)
         except _FileProblem as e:
             raise e.error from None
 
@@ -431,7 +407,7 @@ class DaytonaSandbox(Sandbox):
         """Makes a snapshot of its files, of that name, unless somebody has made one."""
         take = functools.partial(self._box.create_snapshot, name, timeout=0)
         try:
-            await self._toolbox("prepare", take, seconds=seconds)
+            await self._ask("prepare", take, seconds=seconds)
         except SandboxError as e:
             if faults.status_of(e) != 409:
                 raise
@@ -441,7 +417,7 @@ class DaytonaSandbox(Sandbox):
     async def renew(self, lifetime: float) -> None:
         # Counted anew from now, unlike that of a creation.
         minutes = max(1, math.ceil(lifetime / 60))
-        await self._toolbox("renew", functools.partial(self._box.set_ttl, minutes), again=True)
+        await self._ask("renew", functools.partial(self._box.set_ttl, minutes), again=True)
 
     def diagnose(self) -> str | None:
         if self._out_of_memory:
@@ -489,7 +465,3 @@ async def _about(path: str, make: Any) -> Any:
         if found := faults.as_file_error(e, path):
             raise _FileProblem(found) from e
         raise
-
-
-async def _ignore(text: str) -> None:
-    """What the session's shell itself says."""

@@ -19,6 +19,7 @@ import anyio
 
 from ...errors import NotEnforceable, SandboxError
 from ...text import printable
+from ..answers import ANSWER
 from ..base import Recipe, Sandbox, Say
 from . import client, faults
 
@@ -281,7 +282,10 @@ async def _log_of(sdk: AsyncDaytona, name: str) -> list[str]:
     def fetch(url: str) -> bytes:
         request = urllib.request.Request(url, headers=headers)  # noqa: S310 - the API's own
         with urllib.request.urlopen(request, timeout=client.CALL_SECONDS) as answer:  # noqa: S310
-            return bytes(answer.read())
+            kept = b""
+            while piece := answer.read(ANSWER):
+                kept = (kept + piece)[-ANSWER:]
+            return kept
 
     with contextlib.suppress(Exception), anyio.fail_after(client.CALL_SECONDS):
         snapshot = await asked.get_snapshot(name)

@@ -1,8 +1,7 @@
-"""How much of an answer is read: a step may become root and answer in the daemon's place.
+"""Has the SDK read no more of an answer than `answers.py` says.
 
-The SDK reads all of every answer but a command's output and a file's content, which stream. Those
-are small, so no more is read of one than a real one has. What isn't public of the SDK and its RPC
-library is used here alone (`tests/structural/test_e2b_sdk.py`).
+It reads all of every answer but a command's output and a file's content, which stream. What isn't
+public of the SDK and its RPC library is used here alone (`tests/structural/test_e2b_sdk.py`).
 """
 
 from __future__ import annotations
@@ -10,17 +9,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from ..answers import MESSAGE, beginning
+
 if TYPE_CHECKING:
-    import httpx
     from e2b import AsyncSandbox
 
-ANSWER = 1 << 16
-MESSAGE = 1 << 20  # of a command's output
 _STREAMED = "/process.Process/Start"
 
 
 class Bounded:
-    """A transport of pyqwest's whose answers end after `ANSWER` bytes, unless they stream."""
+    """A transport of pyqwest's whose answers end after a while, unless they stream."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -31,30 +29,13 @@ class Bounded:
         answer = await self._inner.execute(request)
         if answer.status == 200 and request.url.endswith(_STREAMED):
             return answer
-        return Response(
-            status=answer.status, headers=answer.headers, content=beginning(answer, answer.content)
-        )
+        return Response(status=answer.status, headers=answer.headers, content=_first(answer))
 
 
-async def beginning(answer: Any, content: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    """The first `ANSWER` bytes of an answer, whose connection is ended with more."""
-    left = ANSWER
-    async with answer:
-        async for piece in content:
-            yield bytes(piece[:left])
-            left -= len(piece)
-            if left <= 0:
-                return
-
-
-async def text(response: httpx.Response) -> str:
-    """The beginning of an answer that is no success."""
-    data = bytearray()
-    async for piece in response.aiter_raw(ANSWER):
-        data += piece
-        if len(data) >= ANSWER:
-            break
-    return bytes(data[:ANSWER]).decode(errors="replace")
+async def _first(answer: Any) -> AsyncIterator[bytes]:
+    async with answer:  # which ends the connection if there is more
+        async for piece in beginning(answer.content):
+            yield piece
 
 
 def bound(remote: AsyncSandbox) -> None:

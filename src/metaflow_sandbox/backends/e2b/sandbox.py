@@ -20,6 +20,7 @@ import anyio
 
 from ...concurrency import plain_errors
 from ...errors import BackendUnavailable, ConnectionLost, SandboxGone
+from ..answers import held
 from ..base import Sandbox, Sink, discard
 from . import bounds
 from .failures import translate, translated
@@ -220,8 +221,8 @@ class E2BSandbox(Sandbox):
             try:
                 if response.status_code != 200:
                     with anyio.fail_after(self.idle_seconds):
-                        said = await bounds.text(response)
-                    raise _answer(response.status_code, said, path)
+                        said = await held(response.aiter_raw())
+                    raise _answer(response.status_code, said.decode(errors="replace"), path)
                 pieces = response.aiter_raw(_PIECE)
                 while True:
                     with anyio.fail_after(self.idle_seconds):
