@@ -295,6 +295,7 @@ class Attempt:
             memory=memory if limits.memory else None,
             disk=disk if limits.disk else None,
             gpu=request.gpu,
+            shared_memory=request.shared_memory,
             image=job.prepared.image,
             network=request.network,
             options=request.options,

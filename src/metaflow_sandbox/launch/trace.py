@@ -67,6 +67,7 @@ class Trace:
             memory=spec.memory,
             disk=spec.disk,
             gpu=spec.gpu,
+            shared_memory=spec.shared_memory,
             image=spec.image,
             network=spec.network,
         )
