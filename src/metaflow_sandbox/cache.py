@@ -95,7 +95,7 @@ async def get(key: str, build: Build, say: Say, rebuild: bool = False) -> Path:
         rebuild: replaces what was there before this process used it.
 
     Raises:
-        SandboxError: it can't be built, or kept; or replaced, since another run uses it.
+        SandboxError: it can't be built, or kept; or replaced, since another process uses it.
     """
     if not _KEY.match(key):
         raise ValueError(f"{key!r} is not a key")
@@ -125,7 +125,8 @@ async def get(key: str, build: Build, say: Say, rebuild: bool = False) -> Path:
             elif there and waited:  # for once it may be one that only looks at it
                 raise SandboxError(
                     f"the environment {target} {'is to be built anew' if whole else 'lost files'}, "
-                    "and another run uses it. Wait until that has ended, or give cache=False.",
+                    "and another run or a shell uses it. Wait until that has ended, or give "
+                    "cache=False.",
                     op="prepare",
                     code="cache_failed",
                 )
@@ -138,6 +139,21 @@ async def get(key: str, build: Build, say: Say, rebuild: bool = False) -> Path:
             if fd is not None:
                 os.close(fd)
     return target
+
+
+def hold(path: Path) -> bool:
+    """Whether a path is there. If it is in an environment, that stays while we live."""
+    base = directory()
+    if not path.is_relative_to(base) or not path.exists():
+        return path.exists()
+    target = base / path.relative_to(base).parts[0]
+    if target not in _in_use:
+        fd, _ = _try_lock(base, target.name)
+        if fd is None:  # it is being removed, or built anew
+            return False
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        _in_use[target] = fd
+    return path.exists()
 
 
 def _tidy(base: Path) -> None:

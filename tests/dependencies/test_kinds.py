@@ -436,8 +436,18 @@ def test_what_was_kept_is_looked_at_with_the_steps_environment(project, packages
         kept = subprocess.run(command, env=project.environment, capture_output=True, text=True)
         return kept.stdout + kept.stderr
 
+    def clear():
+        return subprocess.check_output([*COMMAND, "cache", "clear"], env=project.environment)
+
     assert shell() == "tomli\n"
-    subprocess.run([*COMMAND, "cache", "clear"], env=project.environment, check=True)
+    command = [*COMMAND, "shell", name, "sh", "-c", "echo inside; sleep 600"]
+    with subprocess.Popen(command, env=project.environment, stdout=subprocess.PIPE) as looking:
+        assert looking.stdout.readline() == b"inside\n"
+        said = clear()
+        looking.kill()
+    assert b"is in use" in said
+    assert shell() == "tomli\n"
+    clear()
     assert "was removed from the cache" in shell()
     a_step(project, decorators, "import tomli; 1 / 0", kind="conda")
     assert shell() == "tomli\n"

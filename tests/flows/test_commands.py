@@ -304,10 +304,13 @@ def test_a_trace_of_an_attempt_tells_what_it_did_and_no_secret(project):
             Traced()
         """,
     )
-    secret = {"TOKEN": "canary-0451", "METAFLOW_SANDBOX_DEBUG": "1"}
-    output = project.run("flow.py", "run", env=secret).ok().output
-    base = Path(project.environment["HOME"], ".local/state/metaflow-sandbox/debug")
-    (directory,) = base.iterdir()
+    settings = {"METAFLOW_SANDBOX_DEBUG": 1, "METAFLOW_SANDBOX_TIMINGS": True}
+    home = Path(project.environment["HOME"])
+    (home / ".metaflowconfig").mkdir()
+    (home / ".metaflowconfig/config.json").write_text(json.dumps(settings))
+    output = project.run("flow.py", "run", env={"TOKEN": "canary-0451"}).ok().output
+    assert '"create": ' in output
+    (directory,) = (home / ".local/state/metaflow-sandbox/debug").iterdir()
     assert str(directory) in output
     assert directory.stat().st_mode & 0o077 == 0
     text = (directory / "events.jsonl").read_text()

@@ -66,9 +66,10 @@ def test_an_image_that_is_not_there_stops_the_run_before_any_step(project):
 
 KEEP = """
     import os
-    from metaflow import FlowSpec, bubblewrap, step
+    from metaflow import FlowSpec, bubblewrap, resources, step
 
     class Keep(FlowSpec):
+        @resources(shared_memory=96)
         @bubblewrap(keep="on-failure", env=["TOKEN"], memory=300)
         @step
         def start(self):
@@ -100,7 +101,10 @@ def kept(project):
 
 def test_a_failed_step_can_be_looked_at_in_a_sandbox_like_its_own(kept):
     project, name = kept
-    script = "cat sub/note; readlink link; id -u; cat /inbox/code/flow.py | wc -l"
+    script = (
+        "cat sub/note; readlink link; id -u; cat /inbox/code/flow.py | wc -l; "
+        "df -m --output=size /dev/shm | tail -1"
+    )
 
     def shell(*command):
         return subprocess.run(
@@ -117,6 +121,7 @@ def test_a_failed_step_can_be_looked_at_in_a_sandbox_like_its_own(kept):
     assert lines[0] == "look here/etc/shadow"
     assert int(lines[1]) not in (0, os.getuid())
     assert int(lines[2]) == len(KEEP.splitlines())
+    assert int(lines[3]) == 96
     # It is entered as often as one likes.
     assert shell("cat", "/sandbox/flow/sub/note").stdout == "look here"
 

@@ -232,7 +232,7 @@ def test_what_lost_files_while_another_run_uses_it_is_not_waited_for(directory, 
     while user.stdout.readline() != "1\n":
         assert user.poll() is None
     (directory / KEY / "root/a").unlink()
-    with pytest.raises(SandboxError, match="lost files, and another run uses it"):
+    with pytest.raises(SandboxError, match="lost files, and another run or a shell uses it"):
         get(KEY, fails)
     user.communicate("")
     assert get(KEY, files(a="2")) == directory / KEY

@@ -14,6 +14,7 @@ import sys
 import time
 import tracemalloc
 
+import numpy
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -800,10 +801,26 @@ def test_one_is_told_to_name_a_class(name):
         deserialize(naming(name))
 
 
-def test_one_is_not_told_to_name_a_class_that_is_named_already():
-    with pytest.raises(ArtifactRefused, match="can't be imported here") as refused:
-        deserialize(naming("pkg.Result"), classes=["pkg.Result"])
-    assert "trust=[" not in str(refused.value)
+@pytest.mark.parametrize(
+    "name, remedy",
+    [("pkg.Result", "install what has it"), ("__main__.A", "import it first: from FLOW import A")],
+)
+def test_of_a_class_that_is_named_already_and_not_here_one_is_told_to_have_it_here(name, remedy):
+    with pytest.raises(ArtifactRefused, match=re.escape(remedy)) as refused:
+        deserialize(naming(name), classes=[name])
+    said = str(refused.value)
+    assert "read it in a step that runs in a sandbox" in said
+    for words in ("trust", '"all"', "--all", "release", "run code"):
+        assert words not in said
+
+
+def test_of_data_whose_package_is_not_here_one_is_not_told_that_it_is_code(monkeypatch):
+    data = pickle.dumps(numpy.float64(1))
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ArtifactRefused, match="needs numpy, which is not installed") as refused:
+        deserialize(data)
+    assert "install what has it" in str(refused.value)
+    assert "no class" not in str(refused.value)
 
 
 def test_what_is_no_pickle_is_refused():

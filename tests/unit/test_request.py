@@ -399,11 +399,11 @@ def test_a_network_is_had_or_refused_with_what_there_is(network, needs, can):
 
 
 def test_wishes_that_can_not_be_enforced_are_dropped_and_said():
-    request = a_request(resources(cpu=2, memory=1000, gpu=1), disk=5)
+    request = a_request(resources(cpu=2, memory=1000, gpu=1, shared_memory=64), disk=5)
     checked, notes = request.check(Theirs(Capabilities(memory=True, disk=True)))
     assert (checked.cpu, checked.memory, checked.disk, checked.gpu) == (None, 1000, 5, None)
-    assert len(notes) == 2
-    for note, name in zip(notes, ("cpu", "gpu"), strict=True):
+    assert checked.shared_memory is None
+    for note, name in zip(notes, ("cpu", "gpu", "shared_memory"), strict=True):
         assert name in note and "@resources" in note and "theirs" in note
 
 

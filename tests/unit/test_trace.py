@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from metaflow import metaflow_config
 
 from metaflow_sandbox.launch import trace
 
@@ -16,14 +17,15 @@ def state(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
 
-def test_it_is_off_unless_asked_for(monkeypatch, tmp_path):
-    monkeypatch.delenv("METAFLOW_SANDBOX_DEBUG", raising=False)
+@pytest.mark.parametrize("value", [None, "", "0", "false", "False", 0, False])
+def test_it_is_off_unless_asked_for(monkeypatch, tmp_path, value):
+    monkeypatch.setattr(metaflow_config, "SANDBOX_DEBUG", value)
     trace.Trace(JOB).event("anything")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_it_has_an_end_whatever_a_step_prints(monkeypatch):
-    monkeypatch.setenv("METAFLOW_SANDBOX_DEBUG", "1")
+    monkeypatch.setattr(metaflow_config, "SANDBOX_DEBUG", "1")
     monkeypatch.setattr(trace, "_MOST", 5)
     made = trace.Trace(JOB)
     for i in range(20):

@@ -104,6 +104,7 @@ class Capabilities:
 
     Attributes:
         cpu, memory, disk, gpu: whether a limit is a limit.
+        shared_memory: whether /dev/shm has the size that was asked for.
         image: whether `image=` chooses what the sandbox is made from.
         network: which of "none", "hosts" and "internet" it can give. The first
             is what a step gets that asks for nothing.
@@ -117,6 +118,7 @@ class Capabilities:
     memory: bool = False
     disk: bool = False
     gpu: bool = False
+    shared_memory: bool = False
     image: bool = False
     network: Sequence[str] = ("internet", "none")
     setup: bool = False
@@ -149,6 +151,7 @@ class SandboxSpec:
             machine binds them read-only, in this order, and content that comes later
             is seen; for others `Sandbox.deliver` copies them.
         cpu, memory (MB), disk (MB), gpu: None where nothing was asked.
+        shared_memory: MB of /dev/shm, which count as memory and not as disk.
         image: as `Backend.prepare` returned it; None: the backend's own.
         network: False, True, or the hosts that may be reached; None: the backend's default.
         options: those of `Backend.options` that the user gave.
@@ -162,6 +165,7 @@ class SandboxSpec:
     memory: int | None = None
     disk: int | None = None
     gpu: int | None = None
+    shared_memory: int | None = None
     image: str | None = None
     network: bool | Sequence[str] | None = None
     options: Mapping[str, str] = field(default_factory=dict)
@@ -638,7 +642,7 @@ class Backend(ABC):
             NotEnforceable: the spec asks for something that can't be had here.
         """
         limits = self.limits()
-        for name in ("cpu", "memory", "disk", "gpu", "image"):
+        for name in ("cpu", "memory", "disk", "gpu", "shared_memory", "image"):
             if getattr(spec, name) is not None and not getattr(limits, name):
                 raise NotEnforceable(f"{name} can't be had from {self.name} here", op="create")
         for name in sorted(set(spec.options) - set(self.options)):

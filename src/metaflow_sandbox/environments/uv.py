@@ -111,29 +111,31 @@ def _with_passwords(listed: str, project: Path) -> str:
     known = {}
     indexes = [*_indexes(project), *(("", found[2]) for found in _INDEX.finditer(listed))]
     for _, url in indexes:
-        who, at, _ = urlsplit(url).netloc.rpartition("@")
-        if at:
-            known[_address(url)] = who
+        who, address = _apart(url)
+        if who:
+            known[address.rstrip("/")] = who
     for name, url in indexes:
         variable = f"UV_INDEX_{re.sub('[^A-Z0-9]', '_', name.upper())}"
         user, password = (os.environ.get(f"{variable}_{x}") for x in ("USERNAME", "PASSWORD"))
         if name and (user is not None or password is not None):
-            known[_address(url)] = f"{quote(user or '', '')}:{quote(password or '', '')}"
+            who = f"{quote(user or '', '')}:{quote(password or '', '')}"
+            known[_apart(url)[1].rstrip("/")] = who
 
     def index(found: re.Match[str]) -> str:
-        url = found[2]
-        if who := known.get(_address(url)):
-            parts = urlsplit(url)
-            url = urlunsplit(parts._replace(netloc=f"{who}@{parts.netloc.rpartition('@')[2]}"))
-        return f"{found[1]} {url}"
+        option, url = found.groups()
+        _, address = _apart(url)
+        if who := known.get(address.rstrip("/")):
+            url = address.replace("//", f"//{who}@", 1)
+        return f"{option} {url}"
 
     return _INDEX.sub(index, listed)
 
 
-def _address(url: str) -> str:
-    """An index's address without who asks."""
+def _apart(url: str) -> tuple[str, str]:
+    """Who asks an index (nobody: nothing), and its address without that."""
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    who, _, host = parts.netloc.rpartition("@")
+    return who, urlunsplit(parts._replace(netloc=host))
 
 
 def _indexes(project: Path) -> Iterator[tuple[str, str]]:

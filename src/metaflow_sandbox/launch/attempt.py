@@ -9,7 +9,6 @@ import base64
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
 import signal
@@ -32,6 +31,8 @@ from tenacity import (
     stop_after_attempt,
     wait_random_exponential,
 )
+
+from metaflow_extensions.sandbox.plugins.settings import flag
 
 from ..admission import internals, results
 from ..admission.readers import Readers
@@ -294,6 +295,7 @@ class Attempt:
             memory=memory if limits.memory else None,
             disk=disk if limits.disk else None,
             gpu=request.gpu,
+            shared_memory=request.shared_memory,
             image=job.prepared.image,
             network=request.network,
             options=request.options,
@@ -628,7 +630,7 @@ class Attempt:
                     await self._say(f"the step's files were kept. Look at them with: {how}")
                 except (SandboxError, OSError, TimeoutError) as e:
                     await self._say(f"the step's files could not be kept: {harmless(str(e))}")
-        if os.environ.get("METAFLOW_SANDBOX_TIMINGS"):
+        if flag("TIMINGS"):
             await self._say(json.dumps(self.timings))
         if self._trace.directory is not None:
             await self._say(f"what this attempt did is in {self._trace.directory}")

@@ -172,16 +172,16 @@ _INSTEAD = {
     "setup": " Programs and libraries come with @conda(packages=…) and --environment=conda, too, "
     "which need no root.",
 }
-_AMOUNTS = ("cpu", "memory", "disk", "gpu")
+_AMOUNTS = ("cpu", "memory", "disk", "gpu", "shared_memory")
 
 
 @dataclass(frozen=True)
 class Request:
     """The parameters of one step's sandbox. None: the user didn't ask.
 
-    `wishes` names the amounts that only come from @resources: a backend that
-    can't enforce these applies what it can, and says so. `options` are the parameters
-    that only one backend has.
+    `wishes` names the amounts that only come from @resources, as `shared_memory` always
+    does: a backend that can't enforce these applies what it can, and says so. `options`
+    are the parameters that only one backend has.
     """
 
     backend: str | None = None
@@ -189,6 +189,7 @@ class Request:
     memory: int | None = None
     disk: int | None = None
     gpu: int | None = None
+    shared_memory: int | None = None
     image: str | None = None
     env: tuple[str, ...] | dict[str, str] = ()
     network: bool | tuple[str, ...] | None = None

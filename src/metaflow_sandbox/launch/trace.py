@@ -8,12 +8,13 @@ of a variable, a line of output or an artifact. Kept for a week.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_state_path
+
+from metaflow_extensions.sandbox.plugins.settings import flag
 
 from ..agent.frames import Frame
 from ..backends.base import SandboxSpec
@@ -35,7 +36,7 @@ class Trace:
         self.directory: Path | None = None
         self._start = time.monotonic()
         self._events = 0
-        if os.environ.get("METAFLOW_SANDBOX_DEBUG", "0") in ("", "0"):
+        if not flag("DEBUG"):
             return
         base = Path(user_state_path("metaflow-sandbox")) / "debug"
         base.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -66,6 +67,7 @@ class Trace:
             memory=spec.memory,
             disk=spec.disk,
             gpu=spec.gpu,
+            shared_memory=spec.shared_memory,
             image=spec.image,
             network=spec.network,
         )

@@ -434,6 +434,7 @@ class BackendContract:
             "memory": SandboxSpec(memory=256),
             "disk": SandboxSpec(disk=64),
             "gpu": SandboxSpec(gpu=1),
+            "shared_memory": SandboxSpec(shared_memory=64),
             "image": SandboxSpec(image="python:3.12"),
         }
         refused = [spec for name, spec in asked.items() if not getattr(limits, name)]
@@ -534,6 +535,17 @@ class BackendContract:
             code, _, err = await self.python(sandbox, script)
             assert code != 0
             assert b"No space left" in err
+
+    async def test_shared_memory_has_its_size_where_that_is_declared(
+        self, backend: Backend
+    ) -> None:
+        if not backend.limits().shared_memory:
+            return
+        script = "import os; s = os.statvfs('/dev/shm'); print(s.f_blocks * s.f_frsize >> 20)"
+        spec = small(backend, shared_memory=self.disk * 2, disk=self.disk)
+        async with self.made(backend, spec) as sandbox:
+            _, out, _ = await self.python(sandbox, script)
+            assert int(out) == self.disk * 2
 
     async def test_there_is_no_network_where_none_was_asked(self, backend: Backend) -> None:
         if "none" not in backend.limits().network:

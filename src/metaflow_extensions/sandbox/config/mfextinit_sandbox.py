@@ -43,6 +43,11 @@ SANDBOX_PER_SECOND = from_conf("SANDBOX_PER_SECOND")
 # Hours that your plan of E2B's lets a sandbox live: 1 without a subscription, 24 with one.
 SANDBOX_E2B_HOURS = from_conf("SANDBOX_E2B_HOURS", "1")
 
+# Flags are texts too. A private directory for each attempt, with what it did and when.
+SANDBOX_DEBUG = from_conf("SANDBOX_DEBUG")
+# Each attempt prints where its time went.
+SANDBOX_TIMINGS = from_conf("SANDBOX_TIMINGS")
+
 # `spin` skips every hook of a decorator that it doesn't know and would run the
 # step on the host, unsandboxed, so it must refuse our names. A user's own list
 # would replace ours: join them.

@@ -1,7 +1,7 @@
 """What can be wrong with this extension's settings, most of which are numbers.
 
-Metaflow's own check of a number raises while its configuration loads, which would break every
-flow, sandboxed or not. So they are texts there, and checked here when a step needs them.
+Metaflow's own check of a number or a flag raises while its configuration loads, which would break
+every flow, sandboxed or not. So they are texts there, and read here when a step needs them.
 """
 
 from __future__ import annotations
@@ -44,6 +44,15 @@ def number(name: str) -> float:
             f"{highest:.10g}."
         )
     return value
+
+
+def flag(name: str) -> bool:
+    """Whether a setting is on: it has any value but "", "0" and "false"."""
+    from metaflow import metaflow_config
+
+    # In the JSON configuration it may be no text.
+    value = getattr(metaflow_config, f"SANDBOX_{name}") or ""
+    return str(value).lower() not in ("", "0", "false")
 
 
 def check() -> None:

@@ -33,7 +33,7 @@ from metaflow.datastore.artifacts.serializer import (
 from metaflow.datastore.task_datastore import TaskDataStore
 from metaflow.exception import MetaflowException
 
-from .pickles import Refused, is_class, load_data
+from .pickles import NotHere, Refused, is_class, load_data
 from .text import printable
 
 _VERSION = "sandbox-v1"
@@ -172,37 +172,46 @@ class ArtifactRefused(MetaflowException):
             named.partition(".")[0],
             "let the step leave data: numbers, text, containers, dates, arrays, frames",
         )
-        if is_class(named) and named not in may:
-            code = ""
-            ways = (
-                f'  - name its class where it is written: @sandbox(trust=["{named}"]), or '
-                'trust="all",\n'
-                "    if you trust that code with whatever the step gives it;\n"
-                f"  - release this one: metaflow-sandbox release {where}\n"
-                "  - in a notebook: from metaflow_sandbox import trusting; "
-                f'with trusting("{named}"): …'
-            )
-        else:
-            if named and named not in may:
-                code = (
-                    f"`{named}` is no class, as far as can be seen without importing it:\n"
-                    "it is such code itself.\n"
-                )
-            else:
-                code = "No name of a class would change that.\n"
-            ways = (
-                "  - let that code run here, if you know it and who wrote it: "
-                '@sandbox(trust="all") where it\n'
-                f"    is written; or metaflow-sandbox release {where} --all; or, in a notebook,\n"
-                '    from metaflow_sandbox import trusting; with trusting("all"): …'
-            )
+        why, ways = _why_and_ways(refused, named, may, where)
         super().__init__(
             f"{name}{kind} is refused: {refused}.\n\n"
-            "Loading it here would run code that the sandboxed step chose, on this machine.\n"
-            f"{code}The artifact is stored and nothing is lost. You can\n"
+            f"{why}The artifact is stored and nothing is lost. You can\n"
             f"  - {instead};\n"
             "  - read it in a step that runs in a sandbox itself (@sandbox on that step);\n" + ways
         )
+
+
+def _why_and_ways(refused: object, named: str, may: Iterable[str], where: str) -> tuple[str, str]:
+    """Why an artifact isn't loaded, and the ways on that there are for this reason alone."""
+    if isinstance(refused, NotHere):
+        module, _, rest = named.partition(".")
+        how = "install what has it, or add its directory to PYTHONPATH, as for the step"
+        if module == "__main__":
+            how = f"import it first: from FLOW import {rest.partition('.')[0]}"
+        return "It loads where that can be imported.\n", f"  - {how}."
+    code = "Loading it here would run code that the sandboxed step chose, on this machine.\n"
+    if is_class(named) and named not in may:
+        return code, (
+            f'  - name its class where it is written: @sandbox(trust=["{named}"]), or '
+            'trust="all",\n'
+            "    if you trust that code with whatever the step gives it;\n"
+            f"  - release this one: metaflow-sandbox release {where}\n"
+            "  - in a notebook: from metaflow_sandbox import trusting; "
+            f'with trusting("{named}"): …'
+        )
+    if named and named not in may:
+        code += (
+            f"`{named}` is no class, as far as can be seen without importing it:\n"
+            "it is such code itself.\n"
+        )
+    else:
+        code += "No name of a class would change that.\n"
+    return code, (
+        "  - let that code run here, if you know it and who wrote it: "
+        '@sandbox(trust="all") where it\n'
+        f"    is written; or metaflow-sandbox release {where} --all; or, in a notebook,\n"
+        '    from metaflow_sandbox import trusting; with trusting("all"): …'
+    )
 
 
 class TaintedPickle(ArtifactSerializer):

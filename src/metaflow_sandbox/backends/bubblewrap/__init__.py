@@ -51,6 +51,7 @@ class Bubblewrap(Backend):
         cpu=True,
         memory=True,
         disk=True,
+        shared_memory=True,
         image=True,
         network=("internet", "none", "hosts"),
         keep=True,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from platformdirs import user_state_path
 
-from ... import leases
+from ... import cache, leases
 from ...errors import SandboxError
 from ..base import SandboxSpec
 
@@ -50,13 +50,15 @@ class Kept:
     def spec(self) -> SandboxSpec:
         """The parameters of the sandbox that it was, with the mounts that were kept.
 
+        Its environment stays in the cache while this process lives.
+
         Raises:
             SandboxError: a mount is there no more.
         """
         record = json.loads((self.path / "spec.json").read_text())
         mounts = {inside: Path(host) for inside, host in record.pop("mounts").items()}
         for host in mounts.values():
-            if not host.exists():
+            if not cache.hold(host):
                 raise SandboxError(
                     f"the step's environment, {host}, was removed from the cache since. The next "
                     "run of the flow builds it again; then this works, too.",

@@ -227,6 +227,7 @@ def options(
     mounts: Mapping[str, Path],
     writable: Mapping[str, Path],
     disk: int,
+    shared_memory: int | None,
     files: Mapping[str, int],
     as_root: bool,
     environment: Mapping[str, str],
@@ -239,6 +240,7 @@ def options(
         writable: the same, to be written: for our own programs, never for a step.
         disk: megabytes that can be written in all, in memory: three quarters at
             `WORK`, an eighth each at /tmp and /dev/shm.
+        shared_memory: megabytes at /dev/shm, in the place of its eighth.
         files: {path inside: descriptor with its content}.
         as_root: whether bubblewrap is run by the real root. It then makes no
             user namespace, since the namespace's root would still be the host's
@@ -270,7 +272,7 @@ def options(
             o.add("--ro-bind", "/dev/null", keys)
 
     o.scratch("/tmp", disk / 8)
-    o.scratch("/dev/shm", disk / 8)
+    o.scratch("/dev/shm", shared_memory or disk / 8)
     o.scratch(WORK, disk * 3 / 4)
     root.add_late(o)
     for target, source in mounts.items():

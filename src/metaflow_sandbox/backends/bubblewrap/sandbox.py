@@ -214,6 +214,7 @@ class BubblewrapSandbox(BoxedSandbox):
                 mounts=spec.mounts,
                 writable=writable,
                 disk=spec.disk or _DEFAULT_DISK,
+                shared_memory=spec.shared_memory,
                 files=contents,
                 as_root=as_root and not before,
                 environment=variables,

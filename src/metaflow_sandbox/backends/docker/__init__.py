@@ -62,6 +62,7 @@ class Docker(Backend):
         memory=True,
         disk=True,
         gpu=True,
+        shared_memory=True,
         image=True,
         network=("internet", "none", "hosts"),
         setup=True,

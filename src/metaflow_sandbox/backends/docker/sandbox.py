@@ -267,7 +267,8 @@ class DockerSandbox(BoxedSandbox):
     def _storage(self) -> list[str]:
         """What can be written, and how much: nothing on the host grows beyond `disk`."""
         size = (self._spec.disk or _DEFAULT_DISK) << 20
-        options = [f"--shm-size={size // 8}"]
+        shared = (self._spec.shared_memory or 0) << 20
+        options = [f"--shm-size={shared or size // 8}"]
         if self._sized:
             return [*options, "--storage-opt", f"size={size}"]
         if not self._writable:

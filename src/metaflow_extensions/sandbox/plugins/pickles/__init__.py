@@ -25,12 +25,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from . import builtins, numpy, pandas, stdlib, trusted
-from .grammar import Refused
+from .grammar import NotHere, Refused
 from .names import names
 from .opcodes import Machine
 from .trusted import is_class
 
-__all__ = ["Refused", "is_class", "load_data", "load_plain", "names", "rules"]
+__all__ = ["NotHere", "Refused", "is_class", "load_data", "load_plain", "names", "rules"]
 
 #: What `trust="data"` stands for.
 _RULES = {**builtins.RULES, **stdlib.RULES, **numpy.RULES, **pandas.RULES}

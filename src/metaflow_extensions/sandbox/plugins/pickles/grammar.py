@@ -26,6 +26,10 @@ class Refused(Exception):
         self.name = name
 
 
+class NotHere(Refused):
+    """What the pickle names may be in it, and can't be imported on this machine."""
+
+
 def odd(what: str) -> Refused:
     """What the bytes say could be said, but pickle never writes it."""
     return Refused(f"{what} that it is never pickled with")

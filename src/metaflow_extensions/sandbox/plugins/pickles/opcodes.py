@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .grammar import MARK, Blob, Name, Parts, Pending, Refused, Rule, items_of, value_of
+from .grammar import MARK, Blob, Name, NotHere, Parts, Pending, Refused, Rule, items_of, value_of
 
 #: Bytes of containers that one pickle may make. An empty set takes 216 bytes and
 #: one byte of pickle, so a small file could otherwise fill the host's memory.
@@ -463,7 +463,7 @@ class Machine:
         except (Refused, RecursionError, MemoryError):
             raise
         except ImportError as e:
-            raise Refused(f"`{name}` needs {e.name}, which is not installed here", name) from None
+            raise NotHere(f"`{name}` needs {e.name}, which is not installed here", name) from None
         except Exception as e:
             why = type(e).__name__
             raise Refused(f"`{name}` can't be made of what the pickle gives it ({why})") from None

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .grammar import Refused, Rule, Rules, attributes, items_of, mark_of, odd, value_of
+from .grammar import NotHere, Refused, Rule, Rules, attributes, items_of, mark_of, odd, value_of
 from .stdlib import RULES as _STDLIB
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _class(name: str) -> Any:
     """The class of that name.
 
     Raises:
-        Refused: there is none here, or what has the name is something else.
+        NotHere: there is none, or what has the name is something else.
     """
     module, _, rest = name.rpartition(".")
     inner = [rest]
@@ -92,7 +92,7 @@ def _class(name: str) -> Any:
             inner.insert(0, outer)
             if module:
                 continue
-            raise Refused(f"`{name}` can't be imported here", name) from None
+            raise NotHere(f"`{name}` can't be imported here", name) from None
         break
     for part in inner:
         found = getattr(found, part, None)
@@ -102,8 +102,7 @@ def _class(name: str) -> Any:
         or found.__qualname__ != ".".join(inner)
         or module not in (found.__module__, "__main__")
     ):
-        how = f": import it first, as by `from FLOW import {inner[0]}`"
-        raise Refused(f"there is no class `{name}` here{how if module == '__main__' else ''}", name)
+        raise NotHere(f"there is no class `{name}` here", name)
     return found
 
 
