@@ -45,13 +45,15 @@ def kill(ids: tuple[str, ...], backend: tuple[str, ...]) -> None:
 def gc(backend: tuple[str, ...], dry_run: bool) -> None:
     """Ends sandboxes whose time is over, or whose run has ended, of this user on this machine.
 
-    And removes environments beyond what the cache may have.
+    And removes what such runs left on this machine, and environments beyond what the cache may
+    have.
     """
     with plainly():
         try:
             collect(backend, {}, dry_run)
         finally:  # a backend in trouble has nothing to do with the cache
             if not dry_run:
+                manage.sweep(backend or registry.names())
                 for entry in cache.bound():
                     click.echo(f"removed the environment {entry.key} ({entry.bytes >> 20} MB)")
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import platform
 import shutil
 import stat
 import tempfile
@@ -69,6 +71,17 @@ def identity() -> str:
     with contextlib.suppress(FileExistsError):
         os.symlink(uuid.uuid4().hex, path)  # there at once as a whole, which a file isn't
     return os.readlink(path)
+
+
+def here() -> str:
+    """Where the leases of this user's runs are, in a form that says nothing about the machine.
+
+    The name of the machine alone is also that of other users, whose leases nobody sees here.
+
+    Raises:
+        SandboxError: as `base`.
+    """
+    return hashlib.sha256(f"{platform.node()} {identity()}".encode()).hexdigest()[:12]
 
 
 class Lease:

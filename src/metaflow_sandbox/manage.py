@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
+import contextlib
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,24 +11,16 @@ from pathlib import Path
 from .backends import registry
 from .backends.base import Backend, SandboxInfo
 from .errors import SandboxError
-from .leases import identity, living
+from .leases import here, living
 
 # Labels that every sandbox of a step has, beside those that name the step.
 _OWNER, _HOST, _EXPIRES = "metaflow-owner", "metaflow-host", "metaflow-expires"
 
 
-def _host() -> str:
-    """Where the leases of this user's runs are, in a form that says nothing about the machine.
-
-    The name of the machine alone is also that of other users, whose leases nobody sees here.
-    """
-    return hashlib.sha256(f"{platform.node()} {identity()}".encode()).hexdigest()[:12]
-
-
 def ownership(workspace: Path, lifetime: float) -> dict[str, str]:
     """The labels by which a later `orphans` knows whose a sandbox is, and until when."""
     expires = str(int(time.time() + lifetime))
-    return {_OWNER: workspace.name, _HOST: _host(), _EXPIRES: expires}
+    return {_OWNER: workspace.name, _HOST: here(), _EXPIRES: expires}
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ def is_orphan(found: Found, owners: set[str]) -> bool:
     expires = labels.get(_EXPIRES, "")
     if expires.isdigit() and int(expires) < time.time():
         return True
-    return labels.get(_HOST) == _host() and labels.get(_OWNER, "") not in owners
+    return labels.get(_HOST) == here() and labels.get(_OWNER, "") not in owners
 
 
 async def orphans(
@@ -97,6 +88,13 @@ async def orphans(
 async def destroy(found: Found) -> None:
     """Ends a sandbox that was found."""
     await registry.load(found.backend).destroy(found.info.id)
+
+
+def sweep(names: Iterable[str]) -> None:
+    """Removes what runs that were killed left on this machine, beside sandboxes."""
+    for name in names:
+        with contextlib.suppress(SandboxError, ImportError):  # one that isn't set up left nothing
+            registry.load(name).sweep()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -165,6 +166,27 @@ def test_setup_runs_once_as_root_and_its_result_is_found_again(project, small, d
     assert "setup: id -u" not in second.output
     made = docker.docker("images", "--quiet", SANDBOX).stdout.split()
     docker.docker("rmi", *made)
+
+
+def test_what_was_made_for_a_run_that_was_killed_is_removed_by_gc(project, small, docker):
+    decorator = f'@docker(image="{small}", setup=["echo > /opt/here"], cache=False)'
+    name = flow(project, 'print("it waits", flush=True)\ntime.sleep(600)', decorator)
+    command = [sys.executable, "-m", "metaflow_sandbox.cli", "gc", "--backend", "docker"]
+
+    def left_by_gc():
+        subprocess.run(command, env=project.environment, check=True)
+        label = "label=metaflow-sandbox-once"
+        return docker.docker("images", "--quiet", "--filter", label).stdout.split()
+
+    run = project.start(name, "run")
+    said = []
+    while not said or said[-1] and b"it waits" not in said[-1]:
+        said.append(run.stdout.readline())
+    assert said[-1], b"".join(said)
+    assert len(left_by_gc()) == 1
+    run.kill()
+    run.communicate()
+    assert left_by_gc() == []
 
 
 def test_a_package_is_installed_by_dpkg_while_a_step_runs(project, docker, tmp_path):

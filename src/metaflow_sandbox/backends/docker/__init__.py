@@ -132,6 +132,7 @@ class Docker(Backend):
                  "--filter", f"label={MADE}", "--filter", f"until={_STALE}"],
                 stdin=subprocess.DEVNULL, capture_output=True, timeout=_SWEEP_SECONDS, check=False,
             )  # fmt: skip
+            images.sweep(self.engine)
 
     async def prepare(self, recipe: Recipe, say: Say = unsaid) -> Prepared:
         engine = await anyio.to_thread.run_sync(lambda: self.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -17,7 +18,7 @@ from platformdirs import user_cache_path
 
 from ...concurrency import interruptible
 from ...errors import SandboxError
-from ...leases import alone
+from ...leases import alone, here, living
 from ...text import printable
 from .. import build as builds
 from ..base import Recipe, Say
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 REPOSITORY = "metaflow-sandbox"
 #: In the place of what is on a container of ours (`sandbox.MADE`).
 _MADE = "metaflow-sandbox-made=image"
+#: Of an image for one run alone: where its lease is, and the name of that.
+_ONCE = "metaflow-sandbox-once"
 _SAY_SECONDS = 10.0
+_SWEEP_SECONDS = 60
 _TAIL = 2000
 _SETUP = {"HOME": "/root", "TMPDIR": "/tmp", "DEBIAN_FRONTEND": "noninteractive"}
 
@@ -147,7 +151,8 @@ async def _once(
         sandbox = await backend.create_to_commit(image, recipe.options, network)
         try:
             await build(sandbox)
-            words = ["commit", "--pause=false", f"--change=LABEL {_MADE}", sandbox.id, tag]
+            labels = f"{_MADE} {_ONCE}={here()}/{recipe.once}" if recipe.once else _MADE
+            words = ["commit", "--pause=false", f"--change=LABEL {labels}", sandbox.id, tag]
             answer = await engine.call(*words, seconds=builds.SECONDS)
             if answer.code != 0:
                 raise explain(answer.said, "prepare")
@@ -166,6 +171,29 @@ async def _once(
 async def discard(engine: Engine, image: dict[str, Any]) -> None:
     """Removes what `make` made for one run."""
     await engine.call("rmi", "--force", image["Id"])
+
+
+def sweep(engine: Engine) -> None:
+    """Removes what was made for one run each, of those of this user here that have ended.
+
+    Raises:
+        SandboxError, OSError, subprocess.TimeoutExpired: it can't be known, or done.
+    """
+
+    def call(*words: str) -> bytes:
+        return subprocess.run(
+            [engine.program, *words],
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=_SWEEP_SECONDS, check=False,
+        ).stdout  # fmt: skip
+
+    # Those that were made of others come first.
+    if ids := call("images", "--quiet", "--no-trunc", "--filter", f"label={_ONCE}").split():
+        ours = f"{here()}/"
+        owners = {ours + path.name for path in living("run")}
+        for image in json.loads(call("image", "inspect", *map(bytes.decode, ids)) or b"[]"):
+            owner = image["Config"]["Labels"][_ONCE]
+            if owner.startswith(ours) and owner not in owners:
+                call("rmi", image["Id"])  # unless it is in use
 
 
 def _with_remedy(said: str) -> str:
