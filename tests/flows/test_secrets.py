@@ -5,6 +5,10 @@ import json
 import threading
 
 import pytest
+from metaflow.plugins.secrets.secrets_decorator import SecretsDecorator
+
+from metaflow_sandbox.errors import SandboxError
+from metaflow_sandbox.launch.secrets import Secrets
 
 VALUE = "canary-of-the-secret"
 KEY = "canary-of-the-cloud-key"
@@ -45,6 +49,14 @@ def manager(project):
         )
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def here(project, manager, monkeypatch):
+    """Has this process reach the service as flows do."""
+    for name, value in project.environment.items():
+        if name.startswith("AWS"):
+            monkeypatch.setenv(name, value)
 
 
 def flow(project, decorators, body):
@@ -106,44 +118,40 @@ def test_secrets_come_by_with_too_and_for_each_attempt_anew(project, manager):
     assert manager.asked == ["other", "other"]
 
 
-FAILURES = {
-    "not there": (
-        {},
-        [SANDBOX, SECRETS.replace("mine", "none")],
-        "none (aws-secrets-manager) can't",
-    ),
-    "twice": (
-        {"second": {"MY_TOKEN": "2"}},
-        [SANDBOX, SECRETS.replace("]", ', "aws-secrets-manager.second"]')],
-        "will inject 'MY_TOKEN' as env var, and it is also added by",
-    ),
-    "Metaflow's": ({"mine": {"METAFLOW_HOME": "/"}}, [SANDBOX, SECRETS], "METAFLOW_HOME"),
-    "the step's": (
-        {},
-        ['@sandbox(env={"MY_TOKEN": "1"})', SECRETS],
-        "@secrets(allow_override=True)",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FAILURES)
-def test_what_can_not_be_had_is_said_and_the_step_does_not_begin(project, manager, case):
-    more, decorators, message = FAILURES[case]
-    manager.secrets.update(more)
-    flow(project, decorators, 'print("THE STEP RUNS")')
+def test_a_secret_that_can_not_be_had_is_said_and_the_step_does_not_begin(project, manager):
+    flow(project, [SANDBOX, SECRETS.replace("mine", "none")], 'print("THE STEP RUNS")')
     done = project.run("flow.py", "run")
     assert done.code != 0
-    assert message in done.output, done.output
+    assert "none (aws-secrets-manager) can't be fetched" in done.output
     assert "THE STEP RUNS" not in done.output
     assert "Traceback" not in done.output
 
 
-def test_a_secret_may_replace_a_variable_of_the_step_where_that_is_said(project, manager):
-    secrets = SECRETS.replace(")", ", allow_override=True)")
-    flow(project, ['@sandbox(env={"MY_TOKEN": "1"})', secrets], SEEN)
-    project.run("flow.py", "run").ok()
-    seen = project.client('answer = Flow("Secret").latest_run["start"].task.data.seen')
-    assert seen == {"MY_TOKEN": VALUE}
+def fetched(sources, taken, **more):
+    attributes = {"sources": [f"aws-secrets-manager.{name}" for name in sources], **more}
+    decorator = SecretsDecorator(attributes, statically_defined=True)
+    decorator.init()
+    return Secrets.of([decorator]).fetch(taken)
+
+
+@pytest.mark.parametrize(
+    ("sources", "taken", "message"),
+    [
+        (["mine", "second"], [], "'MY_TOKEN' as env var, and it is also added by"),
+        (["metaflows"], [], "METAFLOW_HOME"),
+        (["metaflows-too"], [], "MF_ATTEMPT is Metaflow's own"),
+        (["mine"], ["MY_TOKEN"], "so does @environment or env= of the step"),
+    ],
+)
+def test_a_name_that_something_else_has_is_refused(manager, here, sources, taken, message):
+    manager.secrets |= {"second": {"MY_TOKEN": "2"}, "metaflows": {"METAFLOW_HOME": "/"}}
+    manager.secrets["metaflows-too"] = {"MF_ATTEMPT": "7"}
+    with pytest.raises(SandboxError, match=message):
+        fetched(sources, taken)
+
+
+def test_a_secret_may_replace_a_variable_of_the_step_where_that_is_said(manager, here):
+    assert fetched(["mine"], ["MY_TOKEN"], allow_override=True) == {"MY_TOKEN": VALUE}
 
 
 def test_what_follows_the_last_attempt_needs_no_secret(project, manager):
