@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import anyio
+import boxlite
 import pytest
 
 from metaflow_sandbox.backends.base import SandboxSpec
@@ -38,7 +39,10 @@ class Execution:
         return self
 
     async def send_input(self, data):
-        await self._process.stdin.send(data)
+        try:
+            await self._process.stdin.send(data)
+        except anyio.BrokenResourceError:
+            raise boxlite.errors.InternalError("stdin channel closed") from None
 
     async def close(self):
         await self._process.stdin.aclose()
@@ -117,6 +121,18 @@ async def test_much_output_comes_whole():
     code, out, err = await Machine().run("head -c 3000000 /dev/urandom | tee /dev/stderr")
     assert (code, len(out)) == (0, 3_000_000)
     assert out == err
+
+
+async def test_what_was_sent_before_a_program_ended_is_read_after_it():
+    script = f"head -c {inside.PIECE * (inside.WINDOW - 2)} /dev/zero"
+    request = {"op": "exec", "argv": ["sh", "-c", script], "cwd": "/", "env": {}}
+    machine, size = Machine(), 0
+    async with machine.begin(request) as running:
+        await machine.processes[0].wait()
+        while (frame := await running.frame())[0] != "x":
+            size += len(frame[1])
+            await running.taken()
+    assert (frame[1], size) == (b"0", inside.PIECE * (inside.WINDOW - 2))
 
 
 async def test_a_reader_that_is_slow_is_waited_for():

@@ -340,7 +340,7 @@ class BackendContract:
     @pytest.mark.parametrize("size", [0, 1, 65536, BIG])
     async def test_files_go_in_and_come_out(self, sandbox: Sandbox, size: int) -> None:
         data = (bytes(range(251)) * (size // 251 + 1))[:size]
-        path = f"{sandbox.backend.work}/a b/ü/file"
+        path = f"{sandbox.backend.work}/in and out/ü/file"
         await sandbox.write_bytes(path, b"before" * 100)
         await sandbox.write_bytes(path, data)
         assert await sandbox.read_bytes(path, BIG) == data
