@@ -8,6 +8,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.sample(0.7)
+
 FLOW = """
     import glob, json, os, pickle, subprocess, sys, time
     from metaflow import FlowSpec, Parameter, sandbox, step

@@ -8,7 +8,7 @@ import pytest
 import test_boundary as boundary
 import test_taken_over as taken_over
 
-pytestmark = pytest.mark.sample(0.3)
+pytestmark = pytest.mark.sample(0.15)
 #: Where the agent leaves what a step made, in each cloud's sandboxes.
 OUTBOXES = {
     "e2b": "/home/user/sandbox/outbox",

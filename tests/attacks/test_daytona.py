@@ -36,7 +36,7 @@ FORGE = """
             time.sleep(1000)"""
 
 
-@pytest.mark.sample(0.3)
+@pytest.mark.sample(0.15)
 @pytest.mark.parametrize("name", FORGED)
 def test_lines_that_a_step_forges_in_the_log_of_what_runs_it_get_nothing_past_the_launcher(
     project, name

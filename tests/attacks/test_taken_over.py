@@ -11,7 +11,7 @@ import re
 import pytest
 
 #: They take a while; in a few commits each has run.
-pytestmark = pytest.mark.sample(0.4)
+pytestmark = pytest.mark.sample(0.2)
 
 FLOW = """
     import json, os, signal, time

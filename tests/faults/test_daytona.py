@@ -64,7 +64,7 @@ def test_after_a_fault_nothing_is_left_here_or_there(faulty, daytona, point, who
         assert "Traceback" not in output, output
 
 
-@pytest.mark.sample(0.2)
+@pytest.mark.sample(0.1)
 @pytest.mark.parametrize("name", CONNECTIONS)
 def test_a_bad_connection_ends_well_or_is_said_and_runs_no_step_twice(faulty, daytona, name):
     (match, fault), survives = CONNECTIONS[name]

@@ -43,7 +43,7 @@ def test_after_a_fault_nothing_is_left_here_or_there(faulty, e2b, point, who, na
     clouds.meet(faulty, e2b, "e2b", point, who, name)
 
 
-@pytest.mark.sample(0.2)
+@pytest.mark.sample(0.1)
 @pytest.mark.parametrize("name", CONNECTIONS)
 def test_a_bad_connection_is_survived_and_the_step_runs_once(faulty, e2b, name):
     match, fault = CONNECTIONS[name]

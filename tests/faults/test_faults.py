@@ -26,7 +26,7 @@ SIGNALS = {
 BACKENDS = ("bubblewrap", "remote-like")
 if os.getuid() == 0 or "TEST_DOCKERD" in os.environ:  # whoever can have an engine
     BACKENDS += ("docker",)
-SAMPLE = 10  # of all cases at a commit, about
+SAMPLE = 6  # of all cases at a commit, about
 PROMISED_SECONDS = 15
 #: Where there is a sandbox to kill, and an agent and a step in it.
 _HAS_SANDBOX = ("creating", "created", "starting", "running", "exited", "collecting")

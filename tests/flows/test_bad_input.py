@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.sample(0.7)
+
 FLOW = """
     from metaflow import *
 

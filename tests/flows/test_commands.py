@@ -18,6 +18,8 @@ from metaflow_sandbox.errors import SandboxError
 from metaflow_sandbox.leases import Lease, living
 from metaflow_sandbox.manage import Found
 
+pytestmark = pytest.mark.sample(0.7)
+
 COMMAND = [sys.executable, "-m", "metaflow_sandbox.cli"]
 FLOW = """
     import time

@@ -14,7 +14,7 @@ import pytest
 from emulators.tls_proxy import Proxy
 
 #: They take a while; in a few commits each has run.
-pytestmark = pytest.mark.sample(0.5)
+pytestmark = pytest.mark.sample(0.3)
 
 START = "/process.Process/Start"
 

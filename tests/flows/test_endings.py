@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.sample(0.7)
+
 FLOW = """
     import os, subprocess, sys, time
     from metaflow import FlowSpec, current, sandbox, step
