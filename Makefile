@@ -90,7 +90,7 @@ deps: $(VENV)/dev
 
 # What takes minutes: a gigabyte up and down, a foreach of 100 under an account's limits.
 large: $(VENV)/dev
-	$(BIN)/python -m pytest -q -s tests -m large
+	SUITE=all $(BIN)/python -m pytest -q -s tests -m large
 
 # A foreach of 1,000 with random faults.
 soak: $(VENV)/dev
